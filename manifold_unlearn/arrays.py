@@ -86,7 +86,7 @@ def as_rows(X: Any, *, device: Device = "auto", name: str = "X", min_samples: in
             ensure_min_samples=min_samples,
             input_name=name,
         )
-        X = torch.from_numpy(np.ascontiguousarray(X))
+        X = torch.from_numpy(np.require(X, requirements=["C", "W"]))
     _check_tensor(X, name, min_samples)
     place = resolve_device(device, X)
     return X.detach().to(place, working_dtype(X.dtype))
@@ -167,9 +167,9 @@ def restore(result: Tensor, like: Any) -> Any:
         dtype = like.dtype if like.dtype.is_floating_point else result.dtype
         return result.to(like.device, dtype if result.dtype.is_floating_point else result.dtype)
     array = result.detach().cpu().numpy()
-    dtype = getattr(like, "dtype", None)
-    if dtype in (np.float16, np.float32, np.float64) and np.issubdtype(array.dtype, np.floating):
-        return array.astype(dtype, copy=False)
+    kind = getattr(like, "dtype", None)
+    if kind in (np.float16, np.float32, np.float64) and np.issubdtype(array.dtype, np.floating):
+        return array.astype(kind, copy=False)  # type: ignore[arg-type]
     return array
 
 

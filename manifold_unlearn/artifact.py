@@ -184,7 +184,7 @@ def save_estimator(estimator: Any, directory: str | Path) -> None:
 
 def load_estimator(make: Callable[..., Any], directory: str | Path) -> Any:
     """Estimator of class ``make`` as :func:`save_estimator` left it."""
-    tensors, config, _ = load(directory, kind=make.__name__)  # type: ignore[attr-defined]
+    tensors, config, _ = load(directory, kind=make.__name__)
     estimator = make(**config["params"])
     for name, value in {**tensors, **config["fitted"]}.items():
         setattr(estimator, name, value.numpy() if name in config["numpy"] else value)

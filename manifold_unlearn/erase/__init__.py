@@ -1,0 +1,1 @@
+"""Fitted maps that remove the forget part of activations."""

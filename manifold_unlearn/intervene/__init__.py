@@ -1,0 +1,1 @@
+"""Fitted maps put into a model, as hooks or in its weights."""

@@ -1,0 +1,1 @@
+"""Results rendered: pictures and one HTML file."""

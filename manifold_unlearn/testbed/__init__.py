@@ -1,0 +1,1 @@
+"""Models and facts to try methods on."""

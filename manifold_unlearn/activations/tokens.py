@@ -1,0 +1,228 @@
+"""Texts as token rows: the key that every captured array carries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Text: TypeAlias = "str | tuple[str, str]"
+"""A text, or a prompt with its answer (the answer brings its own leading space)."""
+
+TokenSelection: TypeAlias = "Literal['all', 'last', 'answer'] | Sequence[Any] | Tensor"
+"""Which tokens: by name, or one boolean mask a text (a padded 2-d array will do)."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """One text as tokens; no padding."""
+
+    ids: Tensor
+    """int64 (n_tokens,)"""
+    special: Tensor
+    """bool (n_tokens,): put there by the tokenizer, not by the text"""
+    answer: Tensor
+    """bool (n_tokens,): belongs to the answer of a pair"""
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """Which token each row of an array is; all fields have shape ``(n_tokens,)``."""
+
+    text_index: Tensor
+    """int64: index of the text among those given"""
+    position: Tensor
+    """int64: 0 is the text's first token, whatever the padding"""
+    token_id: Tensor
+    """int64"""
+    special: Tensor
+    """bool: put there by the tokenizer"""
+    sink: Tensor
+    """bool: attention sink, a token whose norm swamps every statistic"""
+
+    def __len__(self) -> int:
+        return self.text_index.shape[0]
+
+
+def encode(
+    tokenizer: Any,
+    texts: Sequence[Text],
+    *,
+    max_length: int | None = None,
+    context: int | None = None,
+    append_eos: bool = False,
+) -> list[Encoding]:
+    """Tokenize texts and mark the special and the answer tokens.
+
+    Parameters
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerBase
+    texts : sequence of str or (prompt, answer)
+        A pair is tokenized as one text; a token is the answer's if it ends behind the prompt.
+    max_length : int, optional
+        Cut longer texts to this many tokens.
+    context : int, optional
+        Longest sequence that the model takes; a longer text is an error.
+    append_eos : bool, default=False
+        End every pair with the end-of-sequence token, as a part of the answer.
+
+    Returns
+    -------
+    list of Encoding
+
+    Raises
+    ------
+    ValueError
+        No texts, a text without tokens, an answer without tokens, or a text longer than
+        ``context`` (names the text).
+    """
+    if len(texts) == 0:
+        raise ValueError("texts is empty; give at least one text.")
+    pairs = [text if isinstance(text, tuple) else (text, None) for text in texts]
+    encoded = tokenizer(
+        [prompt + (answer or "") for prompt, answer in pairs],
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        return_attention_mask=False,
+        truncation=max_length is not None,
+        max_length=max_length,
+        verbose=False,
+    )
+    rows = []
+    for i, (prompt, answer) in enumerate(pairs):
+        ids = list(encoded["input_ids"][i])
+        special = list(encoded["special_tokens_mask"][i])
+        ends = [end for _, end in encoded["offset_mapping"][i]]
+        in_answer = [
+            answer is not None and not marked and end > len(prompt)
+            for end, marked in zip(ends, special, strict=True)
+        ]
+        if append_eos and answer is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
+            ids.append(tokenizer.eos_token_id)
+            special.append(1)
+            in_answer.append(True)
+        _check_row(i, prompt, answer, ids, in_answer, context)
+        rows.append(
+            Encoding(
+                torch.tensor(ids, dtype=torch.int64),
+                torch.tensor(special, dtype=torch.bool),
+                torch.tensor(in_answer, dtype=torch.bool),
+            )
+        )
+    return rows
+
+
+def _check_row(
+    i: int,
+    prompt: str,
+    answer: str | None,
+    ids: list[int],
+    in_answer: list[bool],
+    context: int | None,
+) -> None:
+    start = repr(prompt[:40])
+    if not ids:
+        raise ValueError(f"text {i} ({start}) has no tokens; remove it.")
+    if answer is not None and not any(in_answer):
+        raise ValueError(f"text {i} ({start}): the answer {answer!r} has no tokens; remove it.")
+    if context is not None and len(ids) > context:
+        raise ValueError(
+            f"text {i} ({start}…) has {len(ids)} tokens; the model takes {context}. "
+            "Split it, or cut it with max_length."
+        )
+
+
+def select(encodings: Sequence[Encoding], tokens: TokenSelection) -> list[Tensor]:
+    """One boolean mask ``(n_tokens,)`` a text for a token selection.
+
+    Raises
+    ------
+    ValueError
+        An unknown name, ``"answer"`` without prompt/answer pairs, or masks that do not fit.
+    """
+    if isinstance(tokens, str):
+        if tokens == "all":
+            return [torch.ones(len(row), dtype=torch.bool) for row in encodings]
+        if tokens == "last":
+            return [torch.arange(len(row)) == len(row) - 1 for row in encodings]
+        if tokens == "answer":
+            if without := [i for i, row in enumerate(encodings) if not row.answer.any()]:
+                raise ValueError(
+                    f"tokens='answer' needs (prompt, answer) pairs; text {without[0]} has no "
+                    "answer. Pass texts as tuples."
+                )
+            return [row.answer for row in encodings]
+        raise ValueError(f"tokens={tokens!r} is not 'all', 'last', 'answer' or a mask a text.")
+    if len(tokens) != len(encodings):
+        raise ValueError(f"{len(tokens)} token masks for {len(encodings)} texts; give one a text.")
+    masks = []
+    for i, (mask, row) in enumerate(zip(tokens, encodings, strict=True)):
+        mask = torch.as_tensor(np.asarray(mask)).to(torch.bool)
+        if mask.ndim != 1 or mask.shape[0] < len(row) or mask[len(row) :].any():
+            raise ValueError(
+                f"the token mask of text {i} has shape {tuple(mask.shape)}; the text has "
+                f"{len(row)} tokens."
+            )
+        masks.append(mask[: len(row)])
+    return masks
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts of similar length, padded to one rectangle."""
+
+    index: Tensor
+    """int64 (n_texts,): which of the encodings"""
+    input_ids: Tensor
+    """int64 (n_texts, width)"""
+    attention_mask: Tensor
+    """int64 (n_texts, width)"""
+    position_ids: Tensor
+    """int64 (n_texts, width): counts from each text's first token"""
+
+
+def batches(
+    encodings: Sequence[Encoding],
+    *,
+    batch_size: int | Literal["auto"] = "auto",
+    pad_id: int = 0,
+    padding_side: Literal["left", "right"] = "right",
+    token_budget: int = 2048,
+) -> list[Batch]:
+    """Rectangles of texts, longest first, so that little is padded and memory fails early.
+
+    Parameters
+    ----------
+    encodings : sequence of Encoding
+    batch_size : int or "auto", default="auto"
+        Texts a batch; ``"auto"`` fills ``token_budget`` tokens, padding included.
+    pad_id : int
+        Stands in the padding; it is masked.
+    padding_side : {"right", "left"}
+    token_budget : int
+    """
+    if batch_size != "auto" and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1, or 'auto'.")
+    order = sorted(range(len(encodings)), key=lambda i: (-len(encodings[i]), i))
+    made = []
+    while order:
+        width = len(encodings[order[0]])
+        size = max(1, token_budget // width) if batch_size == "auto" else batch_size
+        rows, order = order[:size], order[size:]
+        ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+        mask = torch.zeros((len(rows), width), dtype=torch.int64)
+        for r, i in enumerate(rows):
+            n = len(encodings[i])
+            span = slice(0, n) if padding_side == "right" else slice(width - n, width)
+            ids[r, span] = encodings[i].ids
+            mask[r, span] = 1
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        made.append(Batch(torch.tensor(rows), ids, mask, positions))
+    return made

@@ -1,0 +1,216 @@
+"""Log-probabilities of answers and texts, and greedy answers: what every metric is made of."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from manifold_unlearn.activations.models import context_length, evaluating
+from manifold_unlearn.activations.tokens import Batch, Encoding, batches, encode
+
+Subject: TypeAlias = "Callable[[], AbstractContextManager[Any]]"
+"""What is measured: opens to a model, perhaps one that is being intervened on."""
+
+BatchSize: TypeAlias = "int | Literal['auto']"
+
+
+def plain(model: Any) -> Subject:
+    """Return the subject that is a model as it stands."""
+    return lambda: nullcontext(model)
+
+
+def answer_log_probabilities(
+    subject: Subject,
+    tokenizer: Any,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    include_eos: bool = False,
+    batch_size: BatchSize = "auto",
+) -> list[Tensor]:
+    """Log-probability of each answer token, given the prompt and the answer so far.
+
+    Logits are computed where an answer token is predicted, nowhere else, and a prompt that several
+    answers share is run once.
+
+    Parameters
+    ----------
+    subject : Subject
+        ``plain(model)``, or any function that opens to a model.
+    tokenizer : transformers.PreTrainedTokenizerBase
+    pairs : sequence of (prompt, answer)
+        The answer brings its own leading space.
+    include_eos : bool, default=False
+        Count the end-of-sequence token as the answer's last.
+    batch_size : int or "auto"
+
+    Returns
+    -------
+    list of Tensor
+        For each pair ``(n_answer_tokens,)`` float32, natural logarithms.
+
+    Raises
+    ------
+    ValueError
+        A pair whose prompt or answer has no tokens, or that exceeds the model's context.
+    """
+    scores: list[Tensor] = [torch.empty(0)] * len(pairs)
+    with subject() as model, torch.no_grad(), evaluating(model):
+        rows = encode(
+            tokenizer, list(pairs), context=context_length(model), append_eos=include_eos
+        )
+        prompts, answers = _by_prompt(rows, pairs)
+        made = batches(prompts, batch_size=batch_size, padding_side="left")
+        for batch in tqdm(made, desc="score answers", unit="batch", disable=None, leave=False):
+            _score_batch(model, batch, answers, scores)
+    return scores
+
+
+def _by_prompt(
+    rows: Sequence[Encoding], pairs: Sequence[tuple[str, str]]
+) -> tuple[list[Encoding], list[list[tuple[int, Tensor]]]]:
+    """Distinct prompts, and for each its answers with their index among the pairs."""
+    shared: dict[tuple[int, ...], list[tuple[int, Tensor]]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        start = int(row.answer.int().argmax())
+        if start == 0:
+            raise ValueError(f"pair {i} ({pairs[i]!r}) has no prompt tokens; give a prompt.")
+        shared[tuple(row.ids[:start].tolist())].append((i, row.ids[start:]))
+    prompts = [_encoding(ids) for ids in shared]
+    return prompts, list(shared.values())
+
+
+def _encoding(ids: Sequence[int]) -> Encoding:
+    none = torch.zeros(len(ids), dtype=torch.bool)
+    return Encoding(torch.tensor(ids, dtype=torch.int64), none, none)
+
+
+def _score_batch(
+    model: Any,
+    batch: Batch,
+    answers: Sequence[Sequence[tuple[int, Tensor]]],
+    scores: list[Tensor],
+) -> None:
+    device = model.device
+    of_row = [answers[i] for i in batch.index.tolist()]
+    longer = [(r, i, ids) for r, group in enumerate(of_row) for i, ids in group if len(ids) > 1]
+    out = model(
+        input_ids=batch.input_ids.to(device),
+        attention_mask=batch.attention_mask.to(device),
+        position_ids=batch.position_ids.to(device),
+        use_cache=bool(longer),
+        logits_to_keep=1,
+    )
+    first = out.logits[:, -1].float().log_softmax(-1).cpu()
+    for r, group in enumerate(of_row):
+        for i, ids in group:
+            scores[i] = first[r, ids[:1]]
+    if not longer:
+        return
+    source = torch.tensor([r for r, _, _ in longer])
+    width = max(len(ids) for _, _, ids in longer) - 1
+    continued = torch.zeros(len(longer), width, dtype=torch.int64)
+    for k, (_, _, ids) in enumerate(longer):
+        continued[k, : len(ids) - 1] = ids[:-1]
+    cache = out.past_key_values
+    cache.batch_select_indices(source.to(device))
+    ones = torch.ones(len(longer), width, dtype=torch.int64)
+    starts = batch.position_ids[source, -1:] + 1
+    logits = model(
+        input_ids=continued.to(device),
+        attention_mask=torch.cat([batch.attention_mask[source], ones], dim=1).to(device),
+        position_ids=(starts + torch.arange(width)).to(device),
+        past_key_values=cache,
+        use_cache=True,
+    ).logits
+    for k, (_, i, ids) in enumerate(longer):
+        rest = logits[k, : len(ids) - 1].float().log_softmax(-1).cpu()
+        scores[i] = torch.cat([scores[i], rest.gather(1, ids[1:, None])[:, 0]])
+
+
+def greedy_answers(
+    subject: Subject,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 32,
+    batch_size: BatchSize = "auto",
+) -> list[str]:
+    """Greedy continuation of each prompt, decoded without special tokens."""
+    texts = [""] * len(prompts)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with subject() as model, torch.no_grad(), evaluating(model):
+        rows = encode(tokenizer, list(prompts), context=context_length(model))
+        made = batches(rows, batch_size=batch_size, padding_side="left", pad_id=pad or 0)
+        for batch in tqdm(made, desc="greedy answers", unit="batch", disable=None, leave=False):
+            new = model.generate(
+                input_ids=batch.input_ids.to(model.device),
+                attention_mask=batch.attention_mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=pad,
+            )[:, batch.input_ids.shape[1] :]
+            decoded = tokenizer.batch_decode(new, skip_special_tokens=True)
+            for i, text in zip(batch.index.tolist(), decoded, strict=True):
+                texts[i] = text
+    return texts
+
+
+def text_log_probabilities(
+    subject: Subject,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    reference: Subject | None = None,
+    batch_size: BatchSize = "auto",
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Log-probability of each token of each text, and the divergence from a reference model.
+
+    Parameters
+    ----------
+    subject, reference : Subject
+        The reference must share the vocabulary. The two are run batch by batch, so that logits of
+        one batch are all that is held.
+    tokenizer : transformers.PreTrainedTokenizerBase
+    texts : sequence of str
+    batch_size : int or "auto"
+
+    Returns
+    -------
+    log_probabilities : list of Tensor
+        For each text ``(n_tokens - 1,)``: the first token is not predicted.
+    divergences : list of Tensor
+        Of the same shapes, ``KL(reference || subject)`` in nats; empty without a reference.
+    """
+    found: list[Tensor] = [torch.empty(0)] * len(texts)
+    kl: list[Tensor] = [torch.empty(0)] * (len(texts) if reference is not None else 0)
+    with subject() as model:
+        rows = encode(tokenizer, list(texts), context=context_length(model))
+    made = batches(rows, batch_size=batch_size, token_budget=1024)
+    for batch in tqdm(made, desc="score texts", unit="batch", disable=None, leave=False):
+        logits = _log_softmax(subject, batch)
+        other = None if reference is None else _log_softmax(reference, batch)
+        for r, i in enumerate(batch.index.tolist()):
+            n = len(rows[i])
+            found[i] = logits[r, : n - 1].gather(1, rows[i].ids[1:, None])[:, 0]
+            if other is not None:
+                p = other[r, : n - 1]
+                kl[i] = (p.exp() * (p - logits[r, : n - 1])).sum(-1).clamp(min=0)
+    return found, kl
+
+
+def _log_softmax(subject: Subject, batch: Batch) -> Tensor:
+    with subject() as model, torch.no_grad(), evaluating(model):
+        logits = model(
+            input_ids=batch.input_ids.to(model.device),
+            attention_mask=batch.attention_mask.to(model.device),
+            position_ids=batch.position_ids.to(model.device),
+            use_cache=False,
+        ).logits
+    return logits.float().log_softmax(-1).cpu()

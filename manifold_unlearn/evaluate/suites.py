@@ -1,0 +1,195 @@
+"""Metrics of a model on sets of items: what is run, for which formula."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from manifold_unlearn.activations.corpus import Item, join_answer
+from manifold_unlearn.evaluate.likelihood import (
+    BatchSize,
+    Subject,
+    answer_log_probabilities,
+    greedy_answers,
+    text_log_probabilities,
+)
+from manifold_unlearn.evaluate.metrics import (
+    answer_probability,
+    answer_rank,
+    forget_quality,
+    harmonic_mean,
+    perplexity,
+    rouge_l_recall,
+    truth_ratio,
+    truth_ratio_preference,
+    truth_ratio_symmetric,
+)
+from manifold_unlearn.evaluate.results import Metric
+
+
+def assess(
+    subject: Subject,
+    tokenizer: Any,
+    items: Sequence[Item],
+    *,
+    include_eos: bool = False,
+    generate: bool = True,
+    max_new_tokens: int | None = None,
+    batch_size: BatchSize = "auto",
+) -> dict[str, Metric]:
+    """What a model knows of a set of items.
+
+    Parameters
+    ----------
+    subject : Subject
+        ``plain(model)``, or any function that opens to a model.
+    tokenizer : transformers.PreTrainedTokenizerBase
+    items : sequence of Item
+    include_eos : bool, default=False
+        Count the end-of-sequence token as a part of every answer, as TOFU does.
+    generate : bool, default=True
+        Also generate greedy answers, for ROUGE-L recall.
+    max_new_tokens : int, optional
+        Of the greedy answers. Default: the longest answer's tokens plus a quarter.
+    batch_size : int or "auto"
+
+    Returns
+    -------
+    dict of str to Metric
+        ``probability`` of the answers; where the items have what it takes also
+        ``paraphrase_probability`` (prompts reworded, mean over an item's paraphrases), ``rank``
+        among the perturbed answers, ``truth_ratio`` (raw, per item), ``rouge_l_recall``. Plain
+        texts have ``probability`` alone.
+
+    Raises
+    ------
+    ValueError
+        No items, or plain texts and questions mixed.
+    """
+    if not items:
+        raise ValueError("items is empty; give at least one.")
+    if not any(item.answer for item in items):
+        log_p, _ = text_log_probabilities(subject, tokenizer, [item.question for item in items])
+        return {"probability": Metric("probability", answer_probability(log_p))}
+    if not all(item.answer for item in items):
+        raise ValueError("plain texts and questions are mixed in one set; assess them apart.")
+    asked = _Asked(items)
+    log_p = answer_log_probabilities(
+        subject, tokenizer, asked.pairs, include_eos=include_eos, batch_size=batch_size
+    )
+    metrics = asked.metrics(answer_probability(log_p))
+    if generate:
+        longest = max(len(log_p[i]) for i in range(len(items)))
+        said = greedy_answers(
+            subject,
+            tokenizer,
+            [item.question for item in items],
+            max_new_tokens=max_new_tokens or longest + (longest + 3) // 4,
+            batch_size=batch_size,
+        )
+        recall = [rouge_l_recall(s, item.answer) for s, item in zip(said, items, strict=True)]
+        metrics["rouge_l_recall"] = Metric("rouge_l_recall", np.array(recall))
+    return metrics
+
+
+class _Asked:
+    """The pairs that a set of items asks for in one scoring run, and the metrics they give."""
+
+    def __init__(self, items: Sequence[Item]):
+        self.pairs = [item.pair for item in items]
+        self.paraphrased = [self._add_all(item, item.paraphrased_question) for item in items]
+        self.perturbed = [self._add_wrong(item) for item in items]
+        self.right = [
+            self._add(item.question, item.paraphrased_answer) if item.paraphrased_answer else i
+            for i, item in enumerate(items)
+        ]
+
+    def _add(self, question: str, answer: str) -> int:
+        self.pairs.append((question, join_answer(question, answer)))
+        return len(self.pairs) - 1
+
+    def _add_all(self, item: Item, questions: Sequence[str]) -> list[int]:
+        return [self._add(question, item.answer) for question in questions]
+
+    def _add_wrong(self, item: Item) -> list[int]:
+        return [self._add(item.question, answer) for answer in item.perturbed_answer]
+
+    def metrics(self, p: np.ndarray) -> dict[str, Metric]:
+        n = len(self.right)
+        found = {"probability": p[:n]}
+        if all(self.paraphrased):
+            found["paraphrase_probability"] = np.array([p[i].mean() for i in self.paraphrased])
+        if all(self.perturbed):
+            ranks = [answer_rank(p[i], p[wrong].tolist()) for i, wrong in enumerate(self.perturbed)]
+            found["rank"] = np.array(ranks, dtype=np.float64)
+            ratios = zip(self.right, self.perturbed, strict=True)
+            found["truth_ratio"] = np.array(
+                [truth_ratio(p[right], p[wrong].tolist()) for right, wrong in ratios]
+            )
+        return {name: Metric(name, values) for name, values in found.items()}
+
+
+def assess_text(
+    subject: Subject, tokenizer: Any, texts: Sequence[str], *, reference: Subject | None = None
+) -> dict[str, float]:
+    """Perplexity on neutral text, and the mean divergence from a reference model.
+
+    Returns
+    -------
+    dict
+        ``perplexity``, and with a reference ``kl``: mean over tokens of ``KL(reference || subject)``
+        in nats.
+    """
+    log_p, kl = text_log_probabilities(subject, tokenizer, texts, reference=reference)
+    found = {"perplexity": perplexity(log_p)}
+    if reference is not None:
+        found["kl"] = float(np.concatenate([row.double().numpy() for row in kl]).mean())
+    return found
+
+
+def summarize(metrics: Mapping[str, Metric]) -> dict[str, float]:
+    """Means of the metrics; truth ratios in their two published forms."""
+    means = {name: metric.mean for name, metric in metrics.items() if name != "truth_ratio"}
+    if "truth_ratio" in metrics:
+        ratios = metrics["truth_ratio"].values
+        means["truth_ratio"] = float(truth_ratio_symmetric(ratios).mean())
+        means["truth_ratio_preference"] = float(truth_ratio_preference(ratios).mean())
+    return means
+
+
+def model_report(
+    forget: Mapping[str, Metric],
+    retain: Mapping[str, Metric],
+    reference_forget: Mapping[str, Metric] | None,
+) -> dict[str, Any]:
+    """One model's entry in ``metrics.json``.
+
+    Parameters
+    ----------
+    forget, retain : mapping of str to Metric
+        From :func:`assess`.
+    reference_forget : mapping of str to Metric, optional
+        The same of the model that was never told, for ``forget_quality``.
+
+    Returns
+    -------
+    dict
+        ``forget`` and ``retain`` (means), ``forget_quality`` (null without a reference or
+        perturbed answers), ``model_utility``: harmonic mean of the retain set's probability,
+        ROUGE-L recall and truth-ratio preference, those of them that were measured.
+    """
+    quality = None
+    if reference_forget and "truth_ratio" in forget and "truth_ratio" in reference_forget:
+        quality = forget_quality(
+            forget["truth_ratio"].values, reference_forget["truth_ratio"].values
+        )
+    kept = summarize(retain)
+    useful = ("probability", "rouge_l_recall", "truth_ratio_preference")
+    return {
+        "forget": summarize(forget),
+        "retain": kept,
+        "forget_quality": quality,
+        "model_utility": harmonic_mean([kept[name] for name in useful if name in kept]),
+    }
