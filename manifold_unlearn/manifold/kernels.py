@@ -1,0 +1,389 @@
+"""Gaussian kernels on neighbor graphs: bandwidth from the data, support, normalization."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import scipy.sparse
+import torch
+from torch import Tensor
+
+from manifold_unlearn.arrays import row_blocks
+from manifold_unlearn.manifold.neighbors import (
+    exact_squared_distances,
+    radius_neighbors,
+    rounding_error,
+    squared_distance_block,
+)
+
+CUTOFF = 7.0
+"""Least support: pairs with ``r**2 / (4 * bandwidth)`` up to here are kept (weight 9e-4)."""
+
+FAR_CUTOFF = 18.4
+"""Widest support, weight 1e-8: two rows farther apart are not connected."""
+
+_SAMPLED_PAIRS = 2**24
+_BINS_PER_OCTAVE = 8
+_GRID_PER_OCTAVE = 4
+_OCTAVES = 100
+_FLAT = 1.12  # a plateau's largest over smallest dimension
+_LEAST_PLATEAU = 2.0  # octaves; anything shorter is no plateau
+_LOST_MASS = 1e-3  # part of the kernel's mass that may lie beyond the support
+_WIDENING = 16  # the graph is widened up to this many times n_neighbors per row, on average
+_DENSE_ENTRIES = 2**24  # and always up to this many entries
+
+
+class PairHistogram(NamedTuple):
+    """Squared distances from sampled rows to all rows, in logarithmic bins.
+
+    ``counts`` (n_sampled, n_bins) leaves out pairs that coincide up to rounding; ``values``
+    (n_bins,) are the bins' squared distances.
+    """
+
+    counts: np.ndarray
+    values: np.ndarray
+
+
+class Bandwidth(NamedTuple):
+    """A kernel's scale, and what the data say about it.
+
+    Attributes
+    ----------
+    bandwidth : float
+        ``eps`` in ``exp(-r**2 / (4 * eps))``, squared units of the data.
+    intrinsic_dimension : float
+        Twice the height of the plateau.
+    plateau : tuple of two floats
+        Bandwidths between which the dimension is constant; equal when there is no plateau.
+    squared_noise : float
+        Mean squared distance that noise adds to a pair, squared units of the data.
+    cutoff : float
+        ``r**2 / (4 * eps)`` at which the support ends.
+    """
+
+    bandwidth: float
+    intrinsic_dimension: float
+    plateau: tuple[float, float]
+    squared_noise: float
+    cutoff: float
+
+
+class KernelGraph(NamedTuple):
+    """Symmetric sparse kernel with unit diagonal, and each row's squared support radius."""
+
+    matrix: scipy.sparse.csr_matrix
+    squared_support: Tensor
+
+
+def pair_histogram(X: Tensor, scale: Tensor | None = None) -> PairHistogram:
+    """Histogram of squared distances, from up to 16 million pairs.
+
+    The rows sampled are spread evenly over the order of their norms, so that the sample follows
+    the data through permutation and rotation.
+
+    Parameters
+    ----------
+    X : Tensor of shape (n_samples, n_features)
+        Centered.
+    scale : Tensor of shape (n_samples,), optional
+        Squared distances are divided by the product of the two rows' scales.
+
+    Raises
+    ------
+    ValueError
+        All rows are equal.
+    """
+    X = X.double()
+    n_samples = len(X)
+    squared = X.square().sum(1)
+    n_sampled = min(n_samples, max(256, _SAMPLED_PAIRS // n_samples))
+    step = torch.arange(n_sampled, device=X.device) * n_samples // n_sampled
+    sampled = squared.argsort(stable=True)[step]
+    error = rounding_error(squared)
+    blocks = []
+    low, high = float("inf"), 0.0
+    for part in row_blocks(n_sampled, max(1, 2**22 // n_samples)):
+        rows = sampled[part]
+        block = squared_distance_block(X[rows], X, squared[rows], squared)
+        block.masked_fill_(block <= error[rows, None] + error[None, :], 0)
+        block[torch.arange(len(rows), device=X.device), rows] = 0
+        if scale is not None:
+            block /= scale[rows, None].double() * scale[None, :].double()
+        positive = block[block > 0]
+        if positive.numel():
+            low, high = min(low, float(positive.min())), max(high, float(positive.max()))
+        blocks.append(block.to(torch.float32) if n_samples > 4096 else block)
+    if high == 0:
+        raise ValueError(
+            f"all {n_samples} samples are equal: there is no geometry to learn. "
+            "Give data with distinct rows."
+        )
+    low = max(low, high * 2.0**-_OCTAVES)
+    n_bins = int(np.log2(high / low) * _BINS_PER_OCTAVE) + 2
+    counts = []
+    for block in blocks:
+        bins = (block.clamp_min(low / 2).div_(low).log2_() * _BINS_PER_OCTAVE).add_(1).long()
+        bins = bins.clamp_(0, n_bins - 1)
+        offset = torch.arange(len(block), device=X.device)[:, None] * n_bins
+        flat = torch.bincount((bins + offset).reshape(-1), minlength=n_bins * len(block))
+        counts.append(flat.reshape(len(block), n_bins).cpu().numpy())
+    values = low * 2.0 ** ((np.arange(n_bins) - 0.5) / _BINS_PER_OCTAVE)
+    return PairHistogram(np.concatenate(counts)[:, 1:].astype(np.float64), values[1:])
+
+
+def tune_bandwidth(
+    histogram: PairHistogram, *, n_neighbors: int, bandwidth: float | None = None
+) -> Bandwidth:
+    """Bandwidth on the plateau of the dimension, wide enough for the sparsest twentieth of rows.
+
+    With ``S(eps) = mean exp(-u)``, ``u = r**2 / (4 * eps)``, the slope ``d log S / d log eps`` is
+    the kernel-weighted mean of ``u``, half the dimension (Berry, Giannakis and Harlim 2015).
+    Noise adds a constant to all squared distances and so lifts the mean, but not the *variance*
+    of ``u``, which is half the dimension too: u is Gamma distributed. The plateau is therefore
+    sought in the variance, and the difference of the two is the noise. Of the plateau the
+    bandwidth is taken at which the kernel sum of all but the sparsest 5 % of rows reaches
+    ``n_neighbors / 4`` (fewer below 160 samples), or the end nearest to it.
+
+    Parameters
+    ----------
+    histogram : PairHistogram
+    n_neighbors : int
+    bandwidth : float, optional
+        Given: only the dimension, the noise and the support are estimated.
+
+    Returns
+    -------
+    Bandwidth
+        Scales with the square of the data; the grid is made from the data's own distances.
+    """
+    counts, values = histogram
+    n_sampled, total = len(counts), counts.sum(0)
+    n_samples = int(np.round(counts.sum(1).max())) + 1
+    octaves = np.log2(values[-1] / values[0]) + 5
+    grid = values[0] / 16 * 2.0 ** (np.arange(int(octaves * _GRID_PER_OCTAVE)) / _GRID_PER_OCTAVE)
+    u = values[:, None] / (4 * grid[None, :])
+    weights = np.exp(-u)
+    mass = total @ weights + 1e-300
+    mean = total @ (weights * u) / mass
+    variance = total @ (weights * u**2) / mass - mean**2
+    effective = mass**2 / (total @ weights**2 + 1e-300)
+    trusted = effective >= min(2000.0, total.sum() / 20)
+    first, last = _longest_plateau(np.where(trusted, variance, np.nan))
+    found = (last - first) / _GRID_PER_OCTAVE >= _LEAST_PLATEAU
+    if bandwidth is None:
+        degrees = counts @ weights
+        wanted = min(n_neighbors / 4, 1 + n_samples / 10, (n_samples - 1) / 2)
+        bandwidth = _scale_of_degree(grid, np.quantile(degrees, 0.05, axis=0), wanted)
+        if found:
+            least = _scale_of_degree(grid, np.median(degrees, axis=0), wanted / 4)
+            bandwidth = float(np.clip(bandwidth, grid[first], grid[last]))
+            bandwidth = max(bandwidth, least)
+    at = int(np.argmin(np.abs(np.log(grid / bandwidth))))
+    half = float(np.median(variance[first : last + 1])) if found else float(variance[at])
+    noise = float(np.median((4 * grid * (mean - variance))[first : last + 1])) if found else 0.0
+    weighted = total * np.exp(-values / (4 * bandwidth))
+    beyond = weighted.sum() - np.cumsum(weighted)
+    inside = int(np.searchsorted(-beyond, -_LOST_MASS * (weighted.sum() + n_sampled)))
+    cutoff = float(values[min(inside, len(values) - 1)] / (4 * bandwidth))
+    return Bandwidth(
+        float(bandwidth),
+        2 * half,
+        (float(grid[first]), float(grid[last])) if found else (float(bandwidth),) * 2,
+        max(0.0, noise),
+        float(np.clip(cutoff, CUTOFF, FAR_CUTOFF)),
+    )
+
+
+def _longest_plateau(values: np.ndarray) -> tuple[int, int]:
+    """First and last index of the longest run whose largest is at most ``_FLAT`` its smallest."""
+    best = (0, 0)
+    start = 0
+    usable = np.isfinite(values) & (values > 0.05)
+    for stop in range(len(values)):
+        if not usable[stop]:
+            start = stop + 1
+            continue
+        while values[start : stop + 1].max() > _FLAT * values[start : stop + 1].min():
+            start += 1
+        if stop - start >= best[1] - best[0]:
+            best = (start, stop)
+    return best
+
+
+def _scale_of_degree(grid: np.ndarray, degrees: np.ndarray, wanted: float) -> float:
+    """Bandwidth at which ``degrees`` (increasing along ``grid``) reach ``wanted``."""
+    logs = np.log(degrees + 1e-300)
+    return float(np.exp(np.interp(np.log(wanted), logs, np.log(grid))))
+
+
+def fit_support(
+    histogram: PairHistogram, tuned: Bandwidth, *, n_samples: int, n_neighbors: int
+) -> Bandwidth:
+    """``tuned`` with the cutoff that the graph's limit allows.
+
+    The support holds all but 0.1 % of the kernel's mass. A row has as many neighbors as that
+    takes, on average at most ``16 * n_neighbors`` or 4096**2 / n_samples.
+
+    Warns
+    -----
+    UserWarning
+        The limit truncates the kernel; names the ``n_neighbors`` that would do.
+    """
+    average = np.cumsum(histogram.counts.sum(0)) / len(histogram.counts)
+    limit = max(_WIDENING * n_neighbors, _DENSE_ENTRIES // n_samples)
+    squared_radius = 4 * tuned.bandwidth * tuned.cutoff
+    needed = float(np.interp(squared_radius, histogram.values, average))
+    if needed <= limit:
+        return tuned
+    allowed = float(np.interp(limit, average, histogram.values))
+    mass = histogram.counts.sum(0) * np.exp(-histogram.values / (4 * tuned.bandwidth))
+    lost = mass[histogram.values > allowed].sum() / (mass.sum() + len(histogram.counts))
+    enough = int(np.ceil(needed / _WIDENING))
+    warnings.warn(
+        f"the graph truncates the kernel: bandwidth={tuned.bandwidth:.4g} reaches {needed:.0f} "
+        f"neighbors per row, the limit is {limit}; {lost:.1%} of the kernel's mass is lost. "
+        f"n_neighbors={enough} would do, or a smaller bandwidth.",
+        UserWarning,
+        stacklevel=4,
+    )
+    return tuned._replace(cutoff=max(allowed / (4 * tuned.bandwidth), 1e-3))
+
+
+def bandwidth_function(squared_distances: Tensor, intrinsic_dimension: float) -> Tensor:
+    """Variable bandwidth ``rho`` of rows: their distance to near neighbors, to the d / (d + 2).
+
+    The root mean square distance to the nearest 8 is a density estimate ``q ~ r**-d``, and
+    ``rho = q**(-1 / (d + 2))`` (Berry and Harlim 2016, beta = -1 / (d + 2)). Not normalized.
+
+    Parameters
+    ----------
+    squared_distances : Tensor of shape (n_samples, n_near)
+        To the nearest others; rows that coincide count with 0.
+    intrinsic_dimension : float
+
+    Returns
+    -------
+    Tensor of shape (n_samples,)
+        In units of the data to the power ``d / (d + 2)``; 0 where all near rows coincide.
+    """
+    exponent = intrinsic_dimension / (intrinsic_dimension + 2)
+    return squared_distances.mean(1).sqrt().pow(exponent)
+
+
+def kernel_graph(
+    X: Tensor, tuned: Bandwidth, *, n_neighbors: int, scale: Tensor | None = None
+) -> KernelGraph:
+    """Gaussian kernel on the union of the fixed-radius and the nearest-neighbor graph.
+
+    Every pair with ``r**2 <= 4 * bandwidth * cutoff`` is kept, whatever the density, since a
+    kernel cut after k neighbors brings the density back that ``alpha=1`` takes out. Rows that hold
+    fewer than ``n_neighbors`` rows there (themselves included) reach on to that many, as
+    far as weight 1e-8.
+
+    Parameters
+    ----------
+    X : Tensor of shape (n_samples, n_features)
+        Centered.
+    tuned : Bandwidth
+    n_neighbors : int
+    scale : Tensor of shape (n_samples,), optional
+        Variable bandwidth ``rho``: distances are ``r**2 / (rho_i * rho_j)``.
+    """
+    n_samples = len(X)
+    width = 4 * tuned.bandwidth
+    base = width * tuned.cutoff
+    pairs = radius_neighbors(X, base, scale=scale)
+    held = torch.ones(n_samples, dtype=torch.int64, device=X.device)
+    ones = torch.ones_like(pairs.rows)
+    held.index_add_(0, pairs.rows, ones).index_add_(0, pairs.columns, ones)
+    support = torch.full((n_samples,), base, dtype=X.dtype, device=X.device)
+    few = (held < n_neighbors).nonzero()[:, 0]
+    lists = [[pairs.rows], [pairs.columns], [pairs.squared_distances]]
+    squared = X.square().sum(1)
+    for part in row_blocks(len(few), max(1, 2**24 // n_samples)):
+        rows = few[part]
+        block = scaled_block(X[rows], X, squared[rows], squared, scale, scale, rows)
+        support[rows] = support_radius(block, n_neighbors, base, width * FAR_CUTOFF)
+        near, columns = ((block > base) & (block <= support[rows, None])).nonzero(as_tuple=True)
+        lists[0].append(rows[near])
+        lists[1].append(columns)
+        lists[2].append(block[near, columns])
+    rows, columns, distances = (torch.cat(parts).cpu().numpy() for parts in lists)
+    return KernelGraph(
+        _symmetric(rows, columns, np.exp(-distances.astype(np.float64) / width), n_samples,
+                   n_once=len(pairs.rows)),
+        support,
+    )
+
+
+def _symmetric(
+    rows: np.ndarray, columns: np.ndarray, weights: np.ndarray, n_samples: int, *, n_once: int
+) -> scipy.sparse.csr_matrix:
+    """Union of pairs: the first ``n_once`` occur once, of the others both ways may be listed."""
+    smaller, larger = np.minimum(rows, columns), np.maximum(rows, columns)
+    _, first = np.unique(smaller[n_once:] * n_samples + larger[n_once:], return_index=True)
+    once = np.concatenate([np.arange(n_once), first + n_once])
+    smaller, larger, weights = smaller[once], larger[once], weights[once]
+    half = scipy.sparse.coo_matrix((weights, (smaller, larger)), shape=(n_samples, n_samples))
+    half = half.tocsr()
+    full = half + half.T + scipy.sparse.identity(n_samples, format="csr")
+    return scipy.sparse.csr_matrix(full)
+
+
+def scaled_block(
+    Q: Tensor,
+    X: Tensor,
+    squared_Q: Tensor,
+    squared_X: Tensor,
+    scale_Q: Tensor | None = None,
+    scale_X: Tensor | None = None,
+    own: Tensor | None = None,
+) -> Tensor:
+    """Dense block of (scaled) squared distances; those that rounding spoils are computed again.
+
+    ``own`` names the rows of ``X`` that the rows of ``Q`` are: their distance is exactly 0.
+    """
+    block = squared_distance_block(Q, X, squared_Q, squared_X)
+    error = rounding_error(squared_Q)[:, None] + rounding_error(squared_X)[None, :]
+    rows, columns = (block <= 1e5 * error).nonzero(as_tuple=True)
+    if len(rows):
+        block[rows, columns] = exact_squared_distances(Q, X, rows, columns)
+    block.clamp_min_(0)
+    if own is not None:
+        block[torch.arange(len(Q), device=Q.device), own] = 0
+    if scale_Q is not None and scale_X is not None:
+        block /= scale_Q[:, None] * scale_X[None, :]
+    return block
+
+
+def support_radius(block: Tensor, n_neighbors: int, base: float, far: float) -> Tensor:
+    """Squared support radius of rows with squared distances ``block`` to all fitted rows.
+
+    Reaches the ``n_neighbors`` nearest, but at least to ``base`` and at most to ``far``.
+    """
+    k = min(n_neighbors, block.shape[1])
+    reach = block.topk(k, dim=1, largest=False, sorted=False).values.amax(1) * (1 + 1e-6)
+    return reach.clamp(min=base, max=max(base, far))
+
+
+def density_normalized(
+    kernel: scipy.sparse.csr_matrix, alpha: float, scale: np.ndarray | None, dimension: float
+) -> tuple[scipy.sparse.csr_matrix, np.ndarray]:
+    """Kernel divided by ``(q_i * q_j)**alpha``, and the kernel sums ``q``.
+
+    Parameters
+    ----------
+    kernel : csr_matrix of shape (n_samples, n_samples)
+    alpha : float
+        1: the sampling density drops out (Coifman and Lafon 2006); 0: the graph Laplacian.
+    scale : array of shape (n_samples,) or None
+        Variable bandwidth ``rho``; ``q`` is divided by ``rho**dimension``.
+    dimension : float
+    """
+    q = np.asarray(kernel.sum(axis=1)).ravel()
+    if scale is not None:
+        q = q / scale**dimension
+    factor = scipy.sparse.diags(q**-alpha)
+    return scipy.sparse.csr_matrix(factor @ kernel @ factor), q
