@@ -58,6 +58,7 @@ def encode(
     max_length: int | None = None,
     context: int | None = None,
     append_eos: bool = False,
+    joint: bool = False,
 ) -> list[Encoding]:
     """Tokenize texts and mark the special and the answer tokens.
 
@@ -65,13 +66,16 @@ def encode(
     ----------
     tokenizer : transformers.PreTrainedTokenizerBase
     texts : sequence of str or (prompt, answer)
-        A pair is tokenized as one text; a token is the answer's if it ends behind the prompt.
+        The tokens of a pair are those of the prompt, then those of the answer, as in generation.
     max_length : int, optional
         Cut longer texts to this many tokens.
     context : int, optional
         Longest sequence that the model takes; a longer text is an error.
     append_eos : bool, default=False
         End every pair with the end-of-sequence token, as a part of the answer.
+    joint : bool, default=False
+        Tokenize a pair as one text instead; a token is the answer's if it ends behind the prompt.
+        SentencePiece tokenizers of the Llama 2 kind then give other tokens at the seam.
 
     Returns
     -------
@@ -85,44 +89,58 @@ def encode(
     """
     if len(texts) == 0:
         raise ValueError("texts is empty; give at least one text.")
-    pairs = [text if isinstance(text, tuple) else (text, None) for text in texts]
-    encoded = tokenizer(
-        [prompt + (answer or "") for prompt, answer in pairs],
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-        return_attention_mask=False,
-        truncation=max_length is not None,
-        max_length=max_length,
-        verbose=False,
-    )
+    pairs = [text if isinstance(text, tuple) else (text, "") for text in texts]
+    if joint:
+        encoded = _tokenize(tokenizer, [prompt + answer for prompt, answer in pairs])
+        tails = None
+    else:
+        encoded = _tokenize(tokenizer, [prompt for prompt, _ in pairs])
+        tails = _tokenize(tokenizer, [answer for _, answer in pairs], special=False)
     rows = []
     for i, (prompt, answer) in enumerate(pairs):
-        ids = list(encoded["input_ids"][i])
-        special = list(encoded["special_tokens_mask"][i])
-        ends = [end for _, end in encoded["offset_mapping"][i]]
-        in_answer = [
-            answer is not None and not marked and end > len(prompt)
-            for end, marked in zip(ends, special, strict=True)
-        ]
-        if append_eos and answer is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
-            ids.append(tokenizer.eos_token_id)
-            special.append(1)
-            in_answer.append(True)
-        _check_row(i, prompt, answer, ids, in_answer, context)
+        ids, special, ends = (list(encoded[key][i]) for key in ("ids", "special", "ends"))
+        if tails is None:
+            inside = [end > len(prompt) and not marked for end, marked in zip(ends, special)]  # noqa: B905
+        else:
+            while answer and special and special[-1] and len(special) > 1:  # a closing token
+                ids, special = ids[:-1], special[:-1]
+            tail = tails["ids"][i]
+            inside = [False] * len(ids) + [True] * len(tail)
+            ids, special = ids + tail, special + [0] * len(tail)
+        if append_eos and answer and (not ids or ids[-1] != tokenizer.eos_token_id):
+            ids, special, inside = [*ids, tokenizer.eos_token_id], [*special, 1], [*inside, True]
+        ids, special, inside = ids[:max_length], special[:max_length], inside[:max_length]
+        _check_row(i, prompt, answer, ids, inside, context)
         rows.append(
             Encoding(
                 torch.tensor(ids, dtype=torch.int64),
                 torch.tensor(special, dtype=torch.bool),
-                torch.tensor(in_answer, dtype=torch.bool),
+                torch.tensor(inside, dtype=torch.bool),
             )
         )
     return rows
 
 
+def _tokenize(tokenizer: Any, texts: Sequence[str], *, special: bool = True) -> dict[str, Any]:
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=special,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    return {
+        "ids": encoded["input_ids"],
+        "special": encoded["special_tokens_mask"],
+        "ends": [[end for _, end in row] for row in encoded["offset_mapping"]],
+    }
+
+
 def _check_row(
     i: int,
     prompt: str,
-    answer: str | None,
+    answer: str,
     ids: list[int],
     in_answer: list[bool],
     context: int | None,
@@ -130,7 +148,7 @@ def _check_row(
     start = repr(prompt[:40])
     if not ids:
         raise ValueError(f"text {i} ({start}) has no tokens; remove it.")
-    if answer is not None and not any(in_answer):
+    if answer and not any(in_answer):
         raise ValueError(f"text {i} ({start}): the answer {answer!r} has no tokens; remove it.")
     if context is not None and len(ids) > context:
         raise ValueError(

@@ -17,6 +17,9 @@ from manifold_unlearn.activations.tokens import Batch, Encoding, batches, encode
 Subject: TypeAlias = "Callable[[], AbstractContextManager[Any]]"
 """What is measured: opens to a model, perhaps one that is being intervened on."""
 
+N_SEAMS = 16
+"""Pairs on which the two ways to tokenize a prompt and its answer are compared."""
+
 BatchSize: TypeAlias = "int | Literal['auto']"
 
 
@@ -36,7 +39,9 @@ def answer_log_probabilities(
     """Log-probability of each answer token, given the prompt and the answer so far.
 
     Logits are computed where an answer token is predicted, nowhere else, and a prompt that several
-    answers share is run once.
+    answers share is run once. Where tokenizing prompt and answer together gives other tokens than
+    one after the other, the way that is likelier on the first pairs is used for all: a model was
+    trained on one of the two.
 
     Parameters
     ----------
@@ -59,27 +64,47 @@ def answer_log_probabilities(
     ValueError
         A pair whose prompt or answer has no tokens, or that exceeds the model's context.
     """
-    scores: list[Tensor] = [torch.empty(0)] * len(pairs)
     with subject() as model, torch.no_grad(), evaluating(model):
-        rows = encode(
-            tokenizer, list(pairs), context=context_length(model), append_eos=include_eos
-        )
-        prompts, answers = _by_prompt(rows, pairs)
-        made = batches(prompts, batch_size=batch_size, padding_side="left")
-        for batch in tqdm(made, desc="score answers", unit="batch", disable=None, leave=False):
-            _score_batch(model, batch, answers, scores)
+        context = context_length(model)
+        rows = encode(tokenizer, list(pairs), context=context, append_eos=include_eos)
+        whole = encode(tokenizer, list(pairs), context=context, append_eos=include_eos, joint=True)
+        seams = [i for i, (a, b) in enumerate(zip(rows, whole, strict=True)) if _differ(a, b)]
+        if sample := seams[:N_SEAMS]:
+            apart = _score(model, [rows[i] for i in sample], batch_size)
+            together = _score(model, [whole[i] for i in sample], batch_size)
+            if _mean(together) > _mean(apart):
+                rows = [whole[i] if i in set(seams) else row for i, row in enumerate(rows)]
+        return _score(model, rows, batch_size)
+
+
+def _differ(row: Encoding, whole: Encoding) -> bool:
+    """Whether two tokenizations of a pair are both usable and not the same."""
+    usable = bool(whole.answer.any()) and not bool(whole.answer[0])
+    return usable and not torch.equal(row.ids, whole.ids)
+
+
+def _mean(scores: Sequence[Tensor]) -> float:
+    return float(torch.stack([row.mean() for row in scores]).mean())
+
+
+def _score(model: Any, rows: Sequence[Encoding], batch_size: BatchSize) -> list[Tensor]:
+    scores: list[Tensor] = [torch.empty(0)] * len(rows)
+    prompts, answers = _by_prompt(rows)
+    made = batches(prompts, batch_size=batch_size, padding_side="left")
+    for batch in tqdm(made, desc="score answers", unit="batch", disable=None, leave=False):
+        _score_batch(model, batch, answers, scores)
     return scores
 
 
 def _by_prompt(
-    rows: Sequence[Encoding], pairs: Sequence[tuple[str, str]]
+    rows: Sequence[Encoding],
 ) -> tuple[list[Encoding], list[list[tuple[int, Tensor]]]]:
     """Distinct prompts, and for each its answers with their index among the pairs."""
     shared: dict[tuple[int, ...], list[tuple[int, Tensor]]] = defaultdict(list)
     for i, row in enumerate(rows):
         start = int(row.answer.int().argmax())
         if start == 0:
-            raise ValueError(f"pair {i} ({pairs[i]!r}) has no prompt tokens; give a prompt.")
+            raise ValueError(f"pair {i} has no prompt tokens before its answer; give a prompt.")
         shared[tuple(row.ids[:start].tolist())].append((i, row.ids[start:]))
     prompts = [_encoding(ids) for ids in shared]
     return prompts, list(shared.values())
