@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from manifold_unlearn.intervene.hooks import intervene  # eager: it shares its package's name
+
 if TYPE_CHECKING:
     from manifold_unlearn.activations.capture import Activations, capture, recording
     from manifold_unlearn.activations.models import load_model
     from manifold_unlearn.erase.subspace import SubspaceEraser
     from manifold_unlearn.intervene.bake import bake, is_bakeable
-    from manifold_unlearn.intervene.hooks import intervene
     from manifold_unlearn.manifold.diffusion import DiffusionMap
 
 __version__ = "0.1.0"
@@ -21,14 +22,13 @@ _HOME = {
     "SubspaceEraser": "erase.subspace",
     "bake": "intervene.bake",
     "capture": "activations.capture",
-    "intervene": "intervene.hooks",
     "is_bakeable": "intervene.bake",
     "load_model": "activations.models",
     "recording": "activations.capture",
 }
 _ROOMS = ("evaluate", "report", "testbed")
 
-__all__ = [*_HOME, *_ROOMS]  # noqa: PLE0604
+__all__ = [*_HOME, "intervene", *_ROOMS]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:

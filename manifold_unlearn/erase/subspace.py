@@ -16,6 +16,9 @@ from manifold_unlearn.arrays import as_rows, forget_mask, restore, validate
 from manifold_unlearn.erase.moments import Moments, oas_shrinkage, shrink
 from manifold_unlearn.intervene.maps import AffineMap
 
+FIXED_TOLERANCE = 1e-2
+"""Directions of fixed rows with a smaller share of the largest singular value are not held."""
+
 Method = Literal["mean_difference", "pca", "contrastive", "leace"]
 
 
@@ -108,7 +111,8 @@ class SubspaceEraser(TransformerMixin, BaseEstimator):
             1 marks forget, everything else retain.
         fixed : array or Tensor of shape (n_fixed, n_features), optional
             Rows that the map must leave where they are (attention sinks): ``A`` is kept
-            orthogonal to them. They do not enter the moments.
+            orthogonal to their leading directions, those with a singular value above 1 % of the
+            largest. They do not enter the moments.
 
         Returns
         -------
@@ -174,7 +178,7 @@ class SubspaceEraser(TransformerMixin, BaseEstimator):
         if not bound:
             return identity
         _, sizes, axes = torch.linalg.svd(torch.cat(bound), full_matrices=True)
-        n_bound = int((sizes > 1e-4 * sizes[0]).sum()) if sizes[0] > 0 else 0
+        n_bound = int((sizes > FIXED_TOLERANCE * sizes[0]).sum()) if sizes[0] > 0 else 0
         if n_bound >= d:
             raise ValueError(
                 f"{n_bound} fixed directions leave nothing of {d} features to read; "
