@@ -67,6 +67,11 @@ class Activations(Mapping[str, Tensor]):
         return self.tokens.special
 
     @property
+    def answer(self) -> Tensor:
+        """Boolean (n_tokens,): belongs to the answer of a pair."""
+        return self.tokens.answer
+
+    @property
     def sink(self) -> Tensor:
         """Boolean (n_tokens,): attention sink at one of the captured sites."""
         return self.tokens.sink
@@ -194,7 +199,8 @@ def capture(
     -------
     Activations
         ``acts[site]`` is ``(n_tokens, d_site)`` in the model's dtype on the CPU, texts in order;
-        ``acts.text_index``, ``.position``, ``.token_id``: int64; ``.special``, ``.sink``: bool.
+        ``acts.text_index``, ``.position``, ``.token_id``: int64; ``.special``, ``.answer``,
+        ``.sink``: bool.
 
     Raises
     ------
@@ -298,5 +304,6 @@ def _token_table(
         position=torch.cat([mask.nonzero()[:, 0] for mask in masks]),
         token_id=torch.cat([row.ids[mask] for row, mask in zip(rows, masks, strict=True)]),
         special=torch.cat([row.special[mask] for row, mask in zip(rows, masks, strict=True)]),
+        answer=torch.cat([row.answer[mask] for row, mask in zip(rows, masks, strict=True)]),
         sink=sink,
     )

@@ -44,6 +44,8 @@ class TokenTable:
     """int64"""
     special: Tensor
     """bool: put there by the tokenizer"""
+    answer: Tensor
+    """bool: belongs to the answer of a pair"""
     sink: Tensor
     """bool: attention sink, a token whose norm swamps every statistic"""
 
