@@ -27,6 +27,7 @@ from manifold_unlearn.manifold.kernels import (
     scaled_block,
     support_radius,
     tune_bandwidth,
+    two_sided,
 )
 from manifold_unlearn.manifold.lift import lift
 from manifold_unlearn.manifold.neighbors import (
@@ -37,7 +38,7 @@ from manifold_unlearn.manifold.neighbors import (
 )
 from manifold_unlearn.manifold.spectral import markov_eigenpairs
 
-_CHEAP = 4e10  # multiplications up to which single precision is computed in double
+_CHEAP = 1e10  # multiplications up to which distances are double precision, else single
 _NEAR = 8  # neighbors that the variable bandwidth is made from
 _LEAST_EIGENVALUE = 1e-8  # below, an eigenfunction is rounding
 
@@ -193,8 +194,8 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
                 f"got n_samples={n_samples}. Lower n_components or add data."
             )
         n_neighbors = self._clamped_neighbors(n_samples)
-        if n_samples**2 * landmarks.shape[1] <= _CHEAP:
-            landmarks = landmarks.double()
+        cheap = n_samples**2 * landmarks.shape[1] <= _CHEAP
+        landmarks = landmarks.double() if cheap else landmarks.float()
         center = center_of(landmarks)
         centered = landmarks - center
         make = self._pydiffmap_operator if self.backend == "pydiffmap" else self._operator
@@ -306,7 +307,9 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
         like = self.embedding_ if X is None else X
         first = self._spectral_coordinates(X, time)
         second = first if Y is None else self._spectral_coordinates(Y, time).to(first.device)
-        return restore(torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist"), like)
+        return restore(
+            torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist"), like
+        )
 
     def save(self, directory: str | Path) -> None:
         """Write parameters and fit to ``directory`` (safetensors and JSON)."""
@@ -383,12 +386,12 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
     def _bandwidth_function(
         self, squared_distances: Tensor, dimension: float, typical: float | None = None
     ) -> tuple[Tensor, float]:
-        """``rho`` in units of its typical value, within 1e-3 to 1e3; and that value."""
+        """``rho`` in units of its typical value, within 1/30 to 30; and that value."""
         rho = bandwidth_function(squared_distances, dimension)
         if typical is None:
             positive = rho[rho > 0]
             typical = float(positive.median()) if len(positive) else 1.0
-        return (rho / typical).clamp(1e-3, 1e3), typical
+        return (rho / typical).clamp(1 / 30, 30), typical
 
     def _pydiffmap_operator(self, centered: Tensor, n_neighbors: int) -> _Operator:
         try:
@@ -402,18 +405,21 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
                 "variable_bandwidth=True is not available with backend='pydiffmap'. "
                 "Use backend='torch'."
             )
+        # its grid of bandwidths is 2**-40 to 2**40: a power of 2 brings any data there
+        unit = 2.0 ** round(float(torch.log2(centered.square().sum(1).median().sqrt())))
+        epsilon = self.bandwidth if isinstance(self.bandwidth, str) else self.bandwidth / unit**2
         model = PyDiffusionMap.from_sklearn(
-            alpha=self.alpha, k=n_neighbors, epsilon=self.bandwidth, n_evecs=self.n_components
+            alpha=self.alpha, k=n_neighbors, epsilon=epsilon, n_evecs=self.n_components
         )
-        model.construct_Lmat(centered.cpu().numpy())
+        model.construct_Lmat((centered / unit).cpu().numpy())
         kernel = model.local_kernel
         reach = kernel.neigh.kneighbors(kernel.data)[0][:, -1]  # its k counts the row itself
-        support = torch.from_numpy(reach**2).to(centered) * (1 + 1e-6)
+        support = torch.from_numpy((reach * unit) ** 2).to(centered) * (1 + 1e-6)
         dimension = kernel.d
         if dimension is None:
             histogram = pair_histogram(centered)
             dimension = tune_bandwidth(histogram, n_neighbors=n_neighbors).intrinsic_dimension
-        bandwidth = float(model.epsilon_fitted)
+        bandwidth = float(model.epsilon_fitted) * unit**2
         tuned = Bandwidth(bandwidth, float(dimension), (bandwidth, bandwidth), 0.0, 0.0)
         matrix = scipy.sparse.csr_matrix(model.kernel_matrix)
         return _Operator(KernelGraph(matrix, support), tuned, None, self.alpha)
@@ -429,21 +435,21 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
         # the generator is (P - 1) / (eps rho^2); its lazy chain 1 + tau (P - 1) / rho^2 is Markov
         squared = np.ones(n_samples) if rho is None else rho**2
         tau = squared.min()
-        factor = scipy.sparse.diags(np.sqrt(tau / (degrees * squared)))
-        symmetric = factor @ normalized @ factor + scipy.sparse.diags(1 - tau / squared)
+        factor = np.sqrt(tau / (degrees * squared))
+        symmetric = two_sided(normalized, factor, factor)
+        if rho is not None:
+            symmetric.setdiag(symmetric.diagonal() + 1 - tau / squared)
         root = np.sqrt(degrees * squared)
-        pairs = markov_eigenpairs(
-            scipy.sparse.csr_matrix(symmetric), root / root.max(), self.n_components, device
-        )
+        pairs = markov_eigenpairs(symmetric, root / root.max(), self.n_components, device)
         self.eigenfunctions_ = pairs.eigenvectors
         rates = (1 - pairs.eigenvalues) / tau  # of the generator times eps
         eigenvalues = pairs.eigenvalues if rho is None else np.exp(-rates)
         eigenvalues = np.minimum(eigenvalues, 1.0)
-        if eigenvalues[-1] < _LEAST_EIGENVALUE:
-            usable = int((eigenvalues >= _LEAST_EIGENVALUE).sum())
+        usable = int((1 - rates >= _LEAST_EIGENVALUE).sum())
+        if usable < self.n_components:
             raise ValueError(
                 f"n_components={self.n_components} is more than the data carry: {usable} "
-                f"eigenvalues exceed {_LEAST_EIGENVALUE:.0e} at bandwidth={tuned.bandwidth:.4g}. "
+                f"eigenvalues stand out of rounding at bandwidth={tuned.bandwidth:.4g}. "
                 "Lower n_components or the bandwidth, or add distinct data."
             )
         self.eigenvalues_ = eigenvalues
@@ -485,7 +491,7 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
         self.squared_support_ = operator.graph.squared_support
         self.scale_, self.alpha_ = operator.scale, float(operator.alpha)
         self.cutoff_, self.n_neighbors_ = operator.tuned.cutoff, n_neighbors
-        self.far_cutoff_ = FAR_CUTOFF if self.backend == "torch" else 1e300
+        self.far_cutoff_ = FAR_CUTOFF if self.backend == "torch" else 1e30
         for name, value in vars(self).items():
             if not name.endswith("_") or not isinstance(value, np.ndarray | Tensor):
                 continue

@@ -24,12 +24,17 @@ CUTOFF = 7.0
 FAR_CUTOFF = 18.4
 """Widest support, weight 1e-8: two rows farther apart are not connected."""
 
-_SAMPLED_PAIRS = 2**24
-_BINS_PER_OCTAVE = 8
+_SAMPLED_PAIRS = 2**22
+_BIN_BITS = 4  # of the mantissa: 16 bins an octave
 _GRID_PER_OCTAVE = 4
-_OCTAVES = 100
-_FLAT = 1.12  # a plateau's largest over smallest dimension
-_LEAST_PLATEAU = 2.0  # octaves; anything shorter is no plateau
+_OCTAVES = 90  # of squared distances told apart, below the largest
+_FLAT = 1.08  # a plateau's largest over smallest dimension, the sampling error apart
+_LEVEL = 0.04  # how far its ends may leave its median, the sampling error apart
+_MARGIN = 2.0  # bandwidths are kept so far below the plateau's end, where other sheets come near
+_NOISE_SHARE = 2.0  # exponent of the kernel up to which noise may use it up
+_TRUSTED = 2000.0  # effective pairs from which the variance of the exponent is trusted
+_TRUSTED_THIRD = 8000.0  # and its third cumulant
+_LEAST_PLATEAU = 1.5  # octaves; anything shorter is no plateau
 _LOST_MASS = 1e-3  # part of the kernel's mass that may lie beyond the support
 _WIDENING = 16  # the graph is widened up to this many times n_neighbors per row, on average
 _DENSE_ENTRIES = 2**24  # and always up to this many entries
@@ -54,7 +59,7 @@ class Bandwidth(NamedTuple):
     bandwidth : float
         ``eps`` in ``exp(-r**2 / (4 * eps))``, squared units of the data.
     intrinsic_dimension : float
-        Twice the height of the plateau.
+        Twice the height of the plateau; without one, twice the largest height.
     plateau : tuple of two floats
         Bandwidths between which the dimension is constant; equal when there is no plateau.
     squared_noise : float
@@ -78,7 +83,7 @@ class KernelGraph(NamedTuple):
 
 
 def pair_histogram(X: Tensor, scale: Tensor | None = None) -> PairHistogram:
-    """Histogram of squared distances, from up to 16 million pairs.
+    """Histogram of squared distances, from up to 4 million pairs or 256 rows.
 
     The rows sampled are spread evenly over the order of their norms, so that the sample follows
     the data through permutation and rotation.
@@ -95,42 +100,44 @@ def pair_histogram(X: Tensor, scale: Tensor | None = None) -> PairHistogram:
     ValueError
         All rows are equal.
     """
-    X = X.double()
     n_samples = len(X)
     squared = X.square().sum(1)
     n_sampled = min(n_samples, max(256, _SAMPLED_PAIRS // n_samples))
     step = torch.arange(n_sampled, device=X.device) * n_samples // n_sampled
     sampled = squared.argsort(stable=True)[step]
+    unit = float(squared.max()) or 1.0
+    X = (X / unit**0.5).double()
+    squared = X.square().sum(1)
     error = rounding_error(squared)
-    blocks = []
-    low, high = float("inf"), 0.0
-    for part in row_blocks(n_sampled, max(1, 2**22 // n_samples)):
+    n_bins = (_OCTAVES + 14) << _BIN_BITS
+    first_bin = (127 - _OCTAVES) << _BIN_BITS
+    counts = torch.zeros(n_sampled, n_bins, dtype=torch.int64, device=X.device)
+    for part in row_blocks(n_sampled, max(1, 2**20 // n_samples)):
         rows = sampled[part]
         block = squared_distance_block(X[rows], X, squared[rows], squared)
         block.masked_fill_(block <= error[rows, None] + error[None, :], 0)
         block[torch.arange(len(rows), device=X.device), rows] = 0
         if scale is not None:
-            block /= scale[rows, None].double() * scale[None, :].double()
-        positive = block[block > 0]
-        if positive.numel():
-            low, high = min(low, float(positive.min())), max(high, float(positive.max()))
-        blocks.append(block.to(torch.float32) if n_samples > 4096 else block)
-    if high == 0:
+            block /= scale[rows, None] * scale[None, :]
+        # exponent and leading bits of a float are its logarithm, in steps of 1 / 16 octave or so
+        bins = (block.float().view(torch.int32) >> (23 - _BIN_BITS)) - first_bin
+        bins = bins.clamp_(0, n_bins - 1)  # coinciding rows, the row itself too, fall into bin 0
+        bins += torch.arange(len(rows), device=X.device, dtype=torch.int32)[:, None] * n_bins
+        counted = torch.bincount(bins.reshape(-1), minlength=n_bins * len(rows))
+        counts[part] = counted.reshape(len(rows), n_bins)
+    counts[:, 0] = 0
+    filled = (counts.sum(0) > 0).nonzero()[:, 0]
+    if len(filled) == 0:
         raise ValueError(
             f"all {n_samples} samples are equal: there is no geometry to learn. "
             "Give data with distinct rows."
         )
-    low = max(low, high * 2.0**-_OCTAVES)
-    n_bins = int(np.log2(high / low) * _BINS_PER_OCTAVE) + 2
-    counts = []
-    for block in blocks:
-        bins = (block.clamp_min(low / 2).div_(low).log2_() * _BINS_PER_OCTAVE).add_(1).long()
-        bins = bins.clamp_(0, n_bins - 1)
-        offset = torch.arange(len(block), device=X.device)[:, None] * n_bins
-        flat = torch.bincount((bins + offset).reshape(-1), minlength=n_bins * len(block))
-        counts.append(flat.reshape(len(block), n_bins).cpu().numpy())
-    values = low * 2.0 ** ((np.arange(n_bins) - 0.5) / _BINS_PER_OCTAVE)
-    return PairHistogram(np.concatenate(counts)[:, 1:].astype(np.float64), values[1:])
+    low, high = int(filled[0]), int(filled[-1]) + 1
+    words = (np.arange(low, high + 1) + first_bin).astype(np.int32) << (23 - _BIN_BITS)
+    edges = words.astype(np.int32).view(np.float32).astype(np.float64) * unit
+    return PairHistogram(
+        counts[:, low:high].cpu().numpy().astype(np.float64), (edges[1:] + edges[:-1]) / 2
+    )
 
 
 def tune_bandwidth(
@@ -142,9 +149,12 @@ def tune_bandwidth(
     the kernel-weighted mean of ``u``, half the dimension (Berry, Giannakis and Harlim 2015).
     Noise adds a constant to all squared distances and so lifts the mean, but not the *variance*
     of ``u``, which is half the dimension too: u is Gamma distributed. The plateau is therefore
-    sought in the variance, and the difference of the two is the noise. Of the plateau the
+    sought in the variance, and the difference of the two is the noise. Strong noise spreads
+    squared distances as well: where the variance has no plateau, half the third cumulant, which
+    a normal spread does not change, is searched. Of the plateau the
     bandwidth is taken at which the kernel sum of all but the sparsest 5 % of rows reaches
-    ``n_neighbors / 4`` (fewer below 160 samples), or the end nearest to it.
+    ``n_neighbors / 4`` (on a curve times sqrt 2; less below 160 samples), what noise takes off
+    not counted; but none in the plateau's last octave, where other parts of the manifold come near.
 
     Parameters
     ----------
@@ -161,27 +171,36 @@ def tune_bandwidth(
     counts, values = histogram
     n_sampled, total = len(counts), counts.sum(0)
     n_samples = int(np.round(counts.sum(1).max())) + 1
-    octaves = np.log2(values[-1] / values[0]) + 5
-    grid = values[0] / 16 * 2.0 ** (np.arange(int(octaves * _GRID_PER_OCTAVE)) / _GRID_PER_OCTAVE)
+    octaves = np.log2(values[-1] / values[0]) + 9
+    grid = values[0] / 256 * 2.0 ** (np.arange(int(octaves * _GRID_PER_OCTAVE)) / _GRID_PER_OCTAVE)
     u = values[:, None] / (4 * grid[None, :])
     weights = np.exp(-u)
     mass = total @ weights + 1e-300
     mean = total @ (weights * u) / mass
     variance = total @ (weights * u**2) / mass - mean**2
     effective = mass**2 / (total @ weights**2 + 1e-300)
-    trusted = effective >= min(2000.0, total.sum() / 20)
-    first, last = _longest_plateau(np.where(trusted, variance, np.nan))
-    found = (last - first) / _GRID_PER_OCTAVE >= _LEAST_PLATEAU
+    trusted = effective >= min(_TRUSTED, total.sum() / 20)
+    error = n_samples**-0.5
+    first, last = _longest_plateau(np.where(trusted, variance, np.nan), error)
+    half = variance
+    if last - first < _LEAST_PLATEAU * _GRID_PER_OCTAVE:
+        third = total @ (weights * u**3) / mass - 3 * mean * variance - mean**3
+        half = np.where(effective >= _TRUSTED_THIRD, third / 2, np.nan)
+        first, last = _longest_plateau(half, error)
+    found = last - first >= _LEAST_PLATEAU * _GRID_PER_OCTAVE
+    height = float(np.median(half[first : last + 1]) if found else variance[trusted].max())
     if bandwidth is None:
-        degrees = counts @ weights
-        wanted = min(n_neighbors / 4, 1 + n_samples / 10, (n_samples - 1) / 2)
+        # noise takes exp(-(mean - variance)) off every pair but the row's own: no loss of neighbors
+        degrees = counts @ weights * np.exp(np.clip(mean - variance, 0, _NOISE_SHARE))
+        # a density estimate from m neighbors has variance 2**(-d / 2) / m: alike for a curve
+        curve = 2 ** max(0.0, 1 - height)
+        wanted = min(curve * n_neighbors / 4, 1 + n_samples / 10, (n_samples - 1) / 2)
         bandwidth = _scale_of_degree(grid, np.quantile(degrees, 0.05, axis=0), wanted)
         if found:
             least = _scale_of_degree(grid, np.median(degrees, axis=0), wanted / 4)
-            bandwidth = float(np.clip(bandwidth, grid[first], grid[last]))
+            bandwidth = min(bandwidth, grid[last] / _MARGIN)
+            bandwidth = max(bandwidth, grid[first])
             bandwidth = max(bandwidth, least)
-    at = int(np.argmin(np.abs(np.log(grid / bandwidth))))
-    half = float(np.median(variance[first : last + 1])) if found else float(variance[at])
     noise = float(np.median((4 * grid * (mean - variance))[first : last + 1])) if found else 0.0
     weighted = total * np.exp(-values / (4 * bandwidth))
     beyond = weighted.sum() - np.cumsum(weighted)
@@ -189,15 +208,19 @@ def tune_bandwidth(
     cutoff = float(values[min(inside, len(values) - 1)] / (4 * bandwidth))
     return Bandwidth(
         float(bandwidth),
-        2 * half,
+        2 * height,
         (float(grid[first]), float(grid[last])) if found else (float(bandwidth),) * 2,
         max(0.0, noise),
         float(np.clip(cutoff, CUTOFF, FAR_CUTOFF)),
     )
 
 
-def _longest_plateau(values: np.ndarray) -> tuple[int, int]:
-    """First and last index of the longest run whose largest is at most ``_FLAT`` its smallest."""
+def _longest_plateau(values: np.ndarray, error: float) -> tuple[int, int]:
+    """First and last index of the longest run whose largest is near its smallest.
+
+    Ends that leave the run's median are taken off; ``error`` is the relative sampling error.
+    """
+    flat, level = _FLAT + 2 * error, _LEVEL + error / 2
     best = (0, 0)
     start = 0
     usable = np.isfinite(values) & (values > 0.05)
@@ -205,11 +228,17 @@ def _longest_plateau(values: np.ndarray) -> tuple[int, int]:
         if not usable[stop]:
             start = stop + 1
             continue
-        while values[start : stop + 1].max() > _FLAT * values[start : stop + 1].min():
+        while values[start : stop + 1].max() > flat * values[start : stop + 1].min():
             start += 1
         if stop - start >= best[1] - best[0]:
             best = (start, stop)
-    return best
+    first, last = best
+    middle = np.nanmedian(values[first : last + 1])
+    while last > first and abs(values[last] / middle - 1) > level:
+        last -= 1
+    while last > first and abs(values[first] / middle - 1) > level:
+        first += 1
+    return first, last
 
 
 def _scale_of_degree(grid: np.ndarray, degrees: np.ndarray, wanted: float) -> float:
@@ -304,32 +333,43 @@ def kernel_graph(
     squared = X.square().sum(1)
     for part in row_blocks(len(few), max(1, 2**24 // n_samples)):
         rows = few[part]
-        block = scaled_block(X[rows], X, squared[rows], squared, scale, scale, rows)
+        own = None if scale is None else scale[rows]
+        block = scaled_block(X[rows], X, squared[rows], squared, own, scale, rows)
         support[rows] = support_radius(block, n_neighbors, base, width * FAR_CUTOFF)
         near, columns = ((block > base) & (block <= support[rows, None])).nonzero(as_tuple=True)
         lists[0].append(rows[near])
         lists[1].append(columns)
         lists[2].append(block[near, columns])
-    rows, columns, distances = (torch.cat(parts).cpu().numpy() for parts in lists)
-    return KernelGraph(
-        _symmetric(rows, columns, np.exp(-distances.astype(np.float64) / width), n_samples,
-                   n_once=len(pairs.rows)),
-        support,
-    )
+    first, second, distances = (torch.cat(parts).cpu().numpy() for parts in lists)
+    weights = np.exp(-distances.astype(np.float64) / width)
+    return KernelGraph(_symmetric(first, second, weights, n_samples, len(pairs.rows)), support)
 
 
 def _symmetric(
-    rows: np.ndarray, columns: np.ndarray, weights: np.ndarray, n_samples: int, *, n_once: int
+    rows: np.ndarray, columns: np.ndarray, weights: np.ndarray, n_samples: int, n_once: int
 ) -> scipy.sparse.csr_matrix:
     """Union of pairs: the first ``n_once`` occur once, of the others both ways may be listed."""
-    smaller, larger = np.minimum(rows, columns), np.maximum(rows, columns)
-    _, first = np.unique(smaller[n_once:] * n_samples + larger[n_once:], return_index=True)
+    smaller = np.minimum(rows[n_once:], columns[n_once:])
+    larger = np.maximum(rows[n_once:], columns[n_once:])
+    _, first = np.unique(smaller * n_samples + larger, return_index=True)
     once = np.concatenate([np.arange(n_once), first + n_once])
-    smaller, larger, weights = smaller[once], larger[once], weights[once]
-    half = scipy.sparse.coo_matrix((weights, (smaller, larger)), shape=(n_samples, n_samples))
-    half = half.tocsr()
-    full = half + half.T + scipy.sparse.identity(n_samples, format="csr")
-    return scipy.sparse.csr_matrix(full)
+    rows, columns, weights = rows[once], columns[once], weights[once]
+    each = np.arange(n_samples)
+    return scipy.sparse.coo_matrix(
+        (
+            np.concatenate([weights, weights, np.ones(n_samples)]),
+            (np.concatenate([rows, columns, each]), np.concatenate([columns, rows, each])),
+        ),
+        shape=(n_samples, n_samples),
+    ).tocsr()
+
+
+def two_sided(
+    matrix: scipy.sparse.csr_matrix, left: np.ndarray, right: np.ndarray
+) -> scipy.sparse.csr_matrix:
+    """``diag(left) @ matrix @ diag(right)``."""
+    data = matrix.data * np.repeat(left, np.diff(matrix.indptr)) * right[matrix.indices]
+    return scipy.sparse.csr_matrix((data, matrix.indices, matrix.indptr), shape=matrix.shape)
 
 
 def scaled_block(
@@ -365,7 +405,7 @@ def support_radius(block: Tensor, n_neighbors: int, base: float, far: float) -> 
     """
     k = min(n_neighbors, block.shape[1])
     reach = block.topk(k, dim=1, largest=False, sorted=False).values.amax(1) * (1 + 1e-6)
-    return reach.clamp(min=base, max=max(base, far))
+    return reach.clamp(min=base, max=min(max(base, far), torch.finfo(block.dtype).max))
 
 
 def density_normalized(
@@ -385,5 +425,4 @@ def density_normalized(
     q = np.asarray(kernel.sum(axis=1)).ravel()
     if scale is not None:
         q = q / scale**dimension
-    factor = scipy.sparse.diags(q**-alpha)
-    return scipy.sparse.csr_matrix(factor @ kernel @ factor), q
+    return two_sided(kernel, q**-alpha, q**-alpha), q

@@ -189,89 +189,63 @@ def _search_rows(
 
 
 def radius_neighbors(
-    X: Tensor,
-    squared_radius: Tensor | float,
-    Y: Tensor | None = None,
-    squared_radius_Y: Tensor | float = 0.0,
-    *,
-    scale: Tensor | None = None,
-    scale_Y: Tensor | None = None,
-    block: int = 2048,
+    X: Tensor, squared_radius: float, *, scale: Tensor | None = None, block: int = 1024
 ) -> Pairs:
-    """All pairs of rows whose squared distance is at most the larger of their two squared radii.
+    """All pairs of rows within a radius, each once with ``rows < columns``.
 
     Parameters
     ----------
     X : Tensor of shape (n_samples, n_features)
         Centered (see :func:`center_of`), else rounding grows with the distance to the origin.
-    squared_radius : float or Tensor of shape (n_samples,)
+    squared_radius : float
         Squared units of the data, or of the scaled distances.
-    Y : Tensor of shape (n_searched, n_features), optional
-        Centered alike. Default: pairs within ``X``, each once with ``rows < columns``.
-    squared_radius_Y : float or Tensor of shape (n_searched,)
-        Radii of the rows of ``Y``; not used without ``Y``.
-    scale, scale_Y : Tensor of shape (n_samples,) and (n_searched,), optional
+    scale : Tensor of shape (n_samples,), optional
         Squared distances are divided by the product of the two rows' scales.
+    block : int
+        Rows of a block of distances; pairs whose rounding matters are computed again, so that the
+        answer does not depend on it.
 
     Returns
     -------
     Pairs
-        ``squared_distances`` are scaled when scales are given.
+        ``squared_distances`` are scaled when ``scale`` is given.
     """
-    target = X if Y is None else Y
-    radius_X = torch.as_tensor(squared_radius, dtype=X.dtype, device=X.device).expand(len(X))
-    radius_Y = (
-        radius_X
-        if Y is None
-        else torch.as_tensor(squared_radius_Y, dtype=X.dtype, device=X.device).expand(len(target))
-    )
-    if Y is None:
-        scale_Y = scale
-    squared_X, squared_Y = X.square().sum(1), target.square().sum(1)
+    squared = X.square().sum(1)
+    inverse = torch.ones_like(squared) if scale is None else 1 / scale
+    # (|x|^2, 1, -2 x) . (1, |y|^2, y): the distance is one product, with no further pass over it
+    ends = torch.stack([squared, torch.ones_like(squared)], 1)
+    left = torch.cat([ends, -2 * X], 1) * inverse[:, None]
+    right = torch.cat([ends.flip(1), X], 1) * inverse[:, None]
+    error = rounding_error(squared)
+    negligible = _REFINE * squared_radius
     found = []
-    for part, other in _block_pairs(len(X), len(target), block, Y is None):
-        distances = squared_distance_block(
-            X[part], target[other], squared_X[part], squared_Y[other]
-        )
-        limit = torch.maximum(radius_X[part, None], radius_Y[None, other])
-        error = rounding_error(squared_X[part])[:, None] + rounding_error(squared_Y[other])[None, :]
-        if scale is not None and scale_Y is not None:
-            product = scale[part, None] * scale_Y[None, other]
-            distances, error = distances / product, error / product
-        # far rows round coarsely: keep what may be inside, and look again at those few
-        inside = distances <= limit + error
-        if Y is None and part.start == other.start:
+    for part, other in _upper_blocks(len(X), block):
+        distances = left[part] @ right[other].T
+        largest = float(inverse[part].max() * inverse[other].max())
+        if largest * float(error[part].max() + error[other].max()) <= negligible:
+            inside = distances <= squared_radius
+        else:  # far rows round coarsely: keep what may be inside, and look again below
+            margin = error[part, None] + error[None, other]
+            margin *= inverse[part, None] * inverse[None, other]
+            inside = distances - margin <= squared_radius
+        if part.start == other.start:
             inside = inside.triu(1)
         rows, columns = inside.nonzero(as_tuple=True)
-        values, bounds = distances[rows, columns].clamp_min_(0), limit[rows, columns]
-        coarse = (error[rows, columns] > _REFINE * bounds).nonzero()[:, 0]
-        rows, columns = rows + part.start, columns + other.start
-        if len(coarse):
-            values[coarse] = _scaled(X, target, rows[coarse], columns[coarse], scale, scale_Y)
-            keep = values <= bounds
-            rows, columns, values = rows[keep], columns[keep], values[keep]
-        found.append(Pairs(rows, columns, values))
-    return Pairs(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        values = distances[rows, columns].clamp_min_(0)
+        found.append(Pairs(rows + part.start, columns + other.start, values))
+    rows, columns, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+    if float(inverse.max()) ** 2 * 2 * float(error.max()) > negligible:
+        product = inverse[rows] * inverse[columns]
+        coarse = ((error[rows] + error[columns]) * product > negligible).nonzero()[:, 0]
+        exact = exact_squared_distances(X, X, rows[coarse], columns[coarse])
+        values[coarse] = exact * product[coarse]
+    keep = values <= squared_radius
+    if not bool(keep.all()):
+        rows, columns, values = rows[keep], columns[keep], values[keep]
+    return Pairs(rows, columns, values)
 
 
-def _scaled(
-    X: Tensor,
-    Y: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    scale: Tensor | None,
-    scale_Y: Tensor | None,
-) -> Tensor:
-    exact = exact_squared_distances(X, Y, rows, columns)
-    if scale is not None and scale_Y is not None:
-        exact /= scale[rows] * scale_Y[columns]
-    return exact
-
-
-def _block_pairs(
-    n_rows: int, n_columns: int, block: int, half: bool
-) -> Iterator[tuple[slice, slice]]:
+def _upper_blocks(n_rows: int, block: int) -> Iterator[tuple[slice, slice]]:
     for part in row_blocks(n_rows, block):
-        for other in row_blocks(n_columns, block):
-            if not half or other.start >= part.start:
-                yield part, other
+        for other in row_blocks(n_rows - part.start, block):
+            yield part, slice(other.start + part.start, other.stop + part.start)

@@ -134,9 +134,7 @@ def _leading(
             size=block.shape,
             device=device,
         )
-        found, vectors = block_eigenpairs(
-            lambda V: matrix @ V, size, wanted + 1, device=device
-        )
+        found, vectors = block_eigenpairs(lambda V: matrix @ V, size, wanted + 1, device=device)
         values, basis = found.cpu().numpy(), vectors.cpu().numpy()
     order = np.argsort(-values, kind="stable")
     values, basis = values[order], basis[:, order]
