@@ -132,8 +132,6 @@ def _search(
     A: Tensor, B: Tensor, k: int, skip_self: bool, block_rows: int, block_columns: int
 ) -> Neighbors:
     center = center_of(B)
-    B = B - center
-    A = B if skip_self else A - center
     numbers = torch.arange(len(A), device=A.device) if skip_self else None
     distances = torch.empty(len(A), k, dtype=A.dtype, device=A.device)
     indices = torch.empty(len(A), k, dtype=torch.int64, device=A.device)
@@ -141,33 +139,35 @@ def _search(
     for part in row_blocks(len(A), block_rows):
         own = None if numbers is None else numbers[part]
         distances[part], indices[part], certain[part] = _search_rows(
-            A[part], B, k, own, block_columns
+            A[part], B, k, own, center, block_columns
         )
     if A.dtype == torch.float32 and not bool(certain.all()):
         doubtful = (~certain).nonzero()[:, 0]
-        wide = B.double()
+        wide, middle = B.double(), center.double()
         for part in row_blocks(len(doubtful), block_rows):
             rows = doubtful[part]
             own = None if numbers is None else rows
-            exact, at, _ = _search_rows(A[rows].double(), wide, k, own, block_columns)
+            exact, at, _ = _search_rows(A[rows].double(), wide, k, own, middle, block_columns)
             distances[rows], indices[rows] = exact.float(), at
     return Neighbors(distances, indices)
 
 
 def _search_rows(
-    A: Tensor, B: Tensor, k: int, own: Tensor | None, block_columns: int
+    A: Tensor, B: Tensor, k: int, own: Tensor | None, center: Tensor, block_columns: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Distances, indices and certainty for one block of centered rows.
+    """Distances, indices and certainty for one block of rows.
 
     A row is certain when no row of ``B`` left out can be nearer than the k-th kept, given the
     rounding error of the matrix product.
     """
-    squared_A, squared_B = A.square().sum(1), B.square().sum(1)
+    C = A - center
+    squared_A = C.square().sum(1)
     kept = min(k + _SPARE, len(B) - (own is not None))
     best = torch.full((len(A), 0), float("inf"), dtype=A.dtype, device=A.device)
     at = torch.empty((len(A), 0), dtype=torch.int64, device=A.device)
     for part in row_blocks(len(B), block_columns):
-        block = squared_distance_block(A, B[part], squared_A, squared_B[part])
+        other = B[part] - center
+        block = squared_distance_block(C, other, squared_A, other.square().sum(1))
         if own is not None:
             inside = ((own >= part.start) & (own < part.stop)).nonzero()[:, 0]
             block[inside, own[inside] - part.start] = float("inf")

@@ -286,7 +286,8 @@ def _random(random_state: int | None) -> Random:
 
 
 def _angle_between(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.abs((a - b + np.pi) % (2 * np.pi) - np.pi)
+    gap = np.abs(a - b) % (2 * np.pi)
+    return np.minimum(gap, 2 * np.pi - gap)
 
 
 def _embed(

@@ -45,7 +45,8 @@ def markov_eigenpairs(
 
     Components are solved one by one, so a repeated eigenvalue 1 is exact and the coordinates of
     one component are not mixed with another's. On the CPU by ARPACK with a fixed start (densely
-    below 400 rows); on another device by :func:`block_eigenpairs`.
+    below 400 rows); on another device, and where ARPACK misses a copy of a repeated eigenvalue, by
+    :func:`block_eigenpairs`.
 
     Parameters
     ----------
@@ -122,25 +123,67 @@ def _leading(
             block.toarray(), subset_by_index=[size - wanted - 1, size - 1]
         )
     elif torch.device(device).type == "cpu":
-        start = np.random.default_rng(0).standard_normal(size)
-        values, basis = scipy.sparse.linalg.eigsh(
-            block, wanted + 1, which="LA", v0=start, tol=_TOLERANCE, ncv=max(2 * wanted + 3, 24)
-        )
+        values, basis = _arpack(block, wanted + 1)
     else:
-        matrix = torch.sparse_csr_tensor(
-            torch.from_numpy(block.indptr).long(),
-            torch.from_numpy(block.indices).long(),
-            torch.from_numpy(block.data),
-            size=block.shape,
-            device=device,
-        )
-        found, vectors = block_eigenpairs(lambda V: matrix @ V, size, wanted + 1, device=device)
-        values, basis = found.cpu().numpy(), vectors.cpu().numpy()
+        values, basis = _filtered(block, wanted + 1, device)
     order = np.argsort(-values, kind="stable")
     values, basis = values[order], basis[:, order]
     trivial = root / np.linalg.norm(root)
     basis = basis - trivial[:, None] * (trivial @ basis)  # the known vector, out of every other
     return values[1:], basis[:, 1:]
+
+
+def _arpack(block: scipy.sparse.csr_matrix, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+    """By ARPACK, which sees one vector of an exactly repeated eigenvalue; if so, by blocks."""
+    spare = wanted + 2
+    start = np.random.default_rng(0).standard_normal(block.shape[0])
+    values, basis = scipy.sparse.linalg.eigsh(
+        block, spare, which="LA", v0=start, tol=_TOLERANCE, ncv=max(2 * spare + 1, 24)
+    )
+    order = np.argsort(-values, kind="stable")
+    values, basis = values[order], basis[:, order]
+    gap = max(values[1] - values[-1], 1e-12) / (1 + values[-1])
+    steps = int(np.clip((np.log(len(basis)) + 3) / (4 * np.sqrt(gap)), 20, 150))
+    if _top_of_rest(block, basis, steps) > values[wanted - 1] + 1e-9:
+        return _filtered(block, wanted, "cpu")
+    return values[:wanted], basis[:, :wanted]
+
+
+def _top_of_rest(block: scipy.sparse.csr_matrix, basis: np.ndarray, steps: int) -> float:
+    """Lower bound on the largest eigenvalue orthogonal to ``basis``, by Lanczos steps."""
+    size, found = basis.shape
+    Q = np.empty((size, found + steps))
+    Q[:, :found] = basis
+    vector: np.ndarray = np.random.default_rng(1).standard_normal(size)
+    diagonal, beside = [], []
+    for step in range(steps):
+        known = Q[:, : found + step]
+        vector -= known @ (known.T @ vector)
+        vector -= known @ (known.T @ vector)
+        norm = np.linalg.norm(vector)
+        if norm < 1e-12:
+            break
+        if step:
+            beside.append(norm)
+        Q[:, found + step] = vector / norm
+        vector = block @ Q[:, found + step]
+        diagonal.append(Q[:, found + step] @ vector)
+    return float(scipy.linalg.eigvalsh_tridiagonal(diagonal, beside)[-1])
+
+
+def _filtered(
+    block: scipy.sparse.csr_matrix, wanted: int, device: torch.device | str
+) -> tuple[np.ndarray, np.ndarray]:
+    matrix = torch.sparse_csr_tensor(
+        torch.from_numpy(block.indptr),
+        torch.from_numpy(block.indices),
+        torch.from_numpy(block.data),
+        size=block.shape,
+        device=device,
+        check_invariants=False,
+    )
+    values, vectors = block_eigenpairs(lambda V: matrix @ V, block.shape[0], wanted, device=device)
+    return values.cpu().numpy(), vectors.cpu().numpy()
 
 
 def block_eigenpairs(
