@@ -60,7 +60,7 @@ summary { cursor: pointer; padding: .55rem .8rem; font-weight: 500; }
 pre { margin: 0; padding: .8rem; background: var(--band); font-size: .85rem; line-height: 1.45;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 @media (max-width: 42rem) {
-  .samples, .samples tbody, .samples tr, .samples th, .samples td { display: block; }
+  .samples, .samples :is(caption, tbody, tr, th, td) { display: block; }
   .samples thead { position: absolute; clip-path: inset(50%); width: 1px; height: 1px;
     overflow: hidden; }
   .samples th, .samples td { border: 0; }

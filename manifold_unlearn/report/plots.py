@@ -60,9 +60,9 @@ def embedding_by_site(panels: Sequence[EmbeddingPanel]) -> Figure:
     checked = [_checked_panel(panel) for panel in panels]
     n_columns = len(panels) if len(panels) <= 4 else 3 if len(panels) <= 6 else 4
     n_rows = ceil(len(panels) / n_columns)
-    side = 4.0 if len(panels) == 1 else 2.7
-    size = side * n_columns + 0.4, (side + 0.1) * n_rows + 0.8
-    with style.new_figure(*size, "Embedding by site") as figure:
+    edge = 4.0 if len(panels) == 1 else 2.7
+    width, height = edge * n_columns + 0.4, (edge + 0.1) * n_rows + 0.8
+    with style.new_figure(width, height, "Embedding by site") as figure:
         axes = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
         for ax in axes[len(panels) :]:
             ax.remove()
@@ -74,9 +74,9 @@ def embedding_by_site(panels: Sequence[EmbeddingPanel]) -> Figure:
         figure.supxlabel("Coordinate 1", fontsize=10.5)
         figure.supylabel("Coordinate 2", fontsize=10.5)
         dot: dict[str, Any] = {"marker": "o", "ms": 7, "mew": 0, "lw": 0}
-        keys = [(style.FORGET, "Forget"), (style.RETAIN, "Retain")]
-        handles = [style.line_key(*key, **dot) for key in keys]
-        figure.legend(handles=handles, loc="outside upper right", ncols=2)
+        sides = {"Forget": style.FORGET, "Retain": style.RETAIN}
+        keys = [style.line_key(color, side, **dot) for side, color in sides.items()]
+        figure.legend(handles=keys, loc="outside upper right", ncols=2)
     return figure
 
 
@@ -134,7 +134,7 @@ def separability_heatmap(
         Areas under the ROC curve. The colors run from 0.5 (chance) to 1; a lower value takes the
         color of 0.5. NaN cells, those not measured, are hatched.
     rows, columns : sequence
-        Labels of the rows, top first, and of the columns, each label once.
+        Distinct labels, of the rows from the top.
     chosen : sequence of (row, column), optional
         Labels of the cells to frame: those that were edited.
     row_label, column_label : str
@@ -147,8 +147,7 @@ def separability_heatmap(
     Raises
     ------
     ValueError
-        Another shape than the labels say, a value outside [0, 1], a label twice, or a chosen cell
-        that is not among the labels.
+        Another shape than the labels say, a value outside [0, 1], a label twice or not there.
     """
     values, rows, columns = _plain(values).astype(float), list(rows), list(columns)
     _check_cells(values, rows, columns)
@@ -233,9 +232,8 @@ def before_after_bars(
 ) -> Figure:
     """Paired bars of the mean before and after the edit, one pair a set.
 
-    Whiskers are the 95 % intervals of the means. Above each pair stands the share kept, after
-    over before, with its 95 % interval; it is called undefined where the mean before is not
-    positive.
+    Whiskers are 95 % intervals. Above each pair stands the share kept, after over before, with
+    its 95 % interval; it is called undefined where the mean before is not positive.
 
     Parameters
     ----------
@@ -252,7 +250,7 @@ def before_after_bars(
     Raises
     ------
     ValueError
-        No set, several metrics, values that are not finite, or a target for an unknown set.
+        No set, several metrics, values that are not finite or not paired, an unknown target.
     """
     metric = _checked_metric(changes)
     targets = dict(targets or {})
@@ -409,8 +407,7 @@ def tradeoff_curve(
     Raises
     ------
     ValueError
-        No points, one without a share or a label, a ``chosen`` that no point has, or a ``target``
-        without "forget" and a share to keep.
+        No points, one without a share or a label, or a ``chosen`` or ``target`` that does not fit.
     """
     labels, shares = _checked_points(points)
     if chosen is not None and chosen not in labels:
@@ -429,11 +426,12 @@ def tradeoff_curve(
                 look: dict[str, Any] = {"color": color, "marker": marker, "ms": 6.5, "lw": 1.6}
                 ax.plot(shares["forget"], shares[key], label=name, mew=0, zorder=3, **look)
             if key in target:
-                _shade(ax, target["forget"], target[key], color, f"Target, {name.lower()}")
+                style.shade_corner(
+                    ax, target["forget"], target[key], f"Target, {name.lower()}", color
+                )
             if chosen is not None:
-                place = labels.index(chosen)
-                ring: dict[str, Any] = {"fc": "none", "ec": style.INK, "lw": 1.6, "zorder": 4}
-                ax.scatter(shares["forget"][place], shares[key][place], s=150, **ring)
+                spot = [shares[axis][labels.index(chosen)] for axis in ("forget", key)]
+                ax.scatter(*spot, gid="chosen", **style.RING)
         highest = np.fmax(*(shares[key] for key in _KEPT))
         style.label_points(ax, shares["forget"], highest, labels, first=chosen)
         ax.set(xlabel="Share kept of the forget set", ylabel="Share kept of what must stay")
@@ -451,19 +449,9 @@ def _checked_points(
     for index, point in enumerate(points):
         if missing := [key for key in ("label", "forget", "retain") if key not in point]:
             raise ValueError(f"point {index} lacks {missing}; it has only {sorted(point)}.")
-    shares = {
-        key: np.array([point.get(key) for point in points], dtype=float)
-        for key in ("forget", *_KEPT)
-    }
+    keys = ("forget", *_KEPT)
+    shares = {key: np.array([point.get(key) for point in points], float) for key in keys}
     return [str(point["label"]) for point in points], shares
-
-
-def _shade(ax: Axes, at_most: float, at_least: float, color: str, label: str) -> None:
-    from matplotlib.patches import Rectangle
-
-    left, top = ax.get_xlim()[0], ax.get_ylim()[1]
-    corner, width, height = (left, at_least), at_most - left, top - at_least
-    ax.add_patch(Rectangle(corner, width, height, fc=color, alpha=0.18, lw=0, label=label))
 
 
 def spectrum(eigenvalues: Any) -> Figure:

@@ -24,6 +24,7 @@ BEFORE_ALPHA = 0.35
 MISSING: dict[str, Any] = {"fc": "white", "ec": "#A0A0A0", "lw": 0, "hatch": "////"}
 CHOSEN: dict[str, Any] = {"fc": "none", "ec": RETAIN, "lw": 2.4}
 TARGET: dict[str, Any] = {"color": INK, "ls": (0, (4, 2)), "lw": 1.4}
+RING: dict[str, Any] = {"s": 150, "fc": "none", "ec": INK, "lw": 1.6, "zorder": 4}
 MEAN: dict[str, Any] = {"lw": 2.4, "marker": "o", "ms": 6}
 _RC = {
     "font.family": "sans-serif",
@@ -70,10 +71,10 @@ def quiet_ticks(ax: Axes, *marked: Axis) -> None:
 
 def in_percent(*axes: Axis) -> None:
     """Label shares as percent."""
-    from matplotlib.ticker import PercentFormatter
-
     for axis in axes:
-        axis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+        axis.set_major_formatter(
+            lambda share, _: f"{100 * share:.4g} %".replace("-", "\N{MINUS SIGN}")
+        )
 
 
 def set_color(name: str) -> str:
@@ -108,7 +109,7 @@ def label_points(
         if free and np.isfinite(place).all():
             taken.append((place[0], half))
             weight = "bold" if label == first else "normal"
-            small_print(ax, label, place, (0, 10), fontweight=weight)
+            small_print(ax, label, place, (0, 11), fontweight=weight)
 
 
 def limits(values: np.ndarray, *also: float) -> tuple[float, float]:
@@ -130,6 +131,15 @@ def robust_frame(sides: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         lows.append(np.where(near, points, np.inf).min(axis=0))
         highs.append(np.where(near, points, -np.inf).max(axis=0))
     return np.min(lows, axis=0), np.max(highs, axis=0)
+
+
+def shade_corner(ax: Axes, right: float, bottom: float, label: str, color: str) -> None:
+    """Shade what lies up and to the left of ``right``, ``bottom`` within the limits of ``ax``."""
+    from matplotlib.patches import Rectangle
+
+    left, top = ax.get_xlim()[0], ax.get_ylim()[1]
+    corner, width, height = (left, bottom), right - left, top - bottom
+    ax.add_patch(Rectangle(corner, width, height, fc=color, alpha=0.18, lw=0, label=label))
 
 
 def line_key(color: str, label: str, **style: Any) -> Line2D:
