@@ -496,9 +496,10 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
             if not name.endswith("_") or not isinstance(value, np.ndarray | Tensor):
                 continue
             if isinstance(X, Tensor):
-                setattr(self, name, torch.as_tensor(value, device=X.device))
-            elif isinstance(value, Tensor):
-                setattr(self, name, value.cpu().numpy())
+                setattr(self, name, torch.as_tensor(value, device=X.device).contiguous())
+            else:
+                value = value.cpu().numpy() if isinstance(value, Tensor) else value
+                setattr(self, name, np.ascontiguousarray(value))
 
     # extension
 
@@ -585,12 +586,14 @@ def farthest_points(X: Tensor, n_points: int) -> Tensor:
 
     Deterministic; ``O(n_samples * n_features)`` a point.
     """
-    center = X.mean(0)
+    X = X - center_of(X)
+    squared = X.square().sum(1)
     chosen = torch.empty(n_points, dtype=torch.int64, device=X.device)
     reach = torch.full((len(X),), float("inf"), dtype=X.dtype, device=X.device)
-    at = (X - center).square().sum(1).argmin()
+    at = squared.argmin()
     for position in range(n_points):
         chosen[position] = at
-        reach = torch.minimum(reach, (X - X[at]).square().sum(1))
+        reach = torch.minimum(reach, squared - 2 * (X @ X[at]) + squared[at])
+        reach[at] = -1.0
         at = reach.argmax()
     return chosen.sort().values

@@ -233,7 +233,9 @@ def _longest_plateau(values: np.ndarray, error: float) -> tuple[int, int]:
         if stop - start >= best[1] - best[0]:
             best = (start, stop)
     first, last = best
-    middle = np.nanmedian(values[first : last + 1])
+    if first == last:
+        return best
+    middle = np.median(values[first : last + 1])
     while last > first and abs(values[last] / middle - 1) > level:
         last -= 1
     while last > first and abs(values[first] / middle - 1) > level:

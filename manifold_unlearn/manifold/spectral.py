@@ -154,13 +154,13 @@ def _top_of_rest(block: scipy.sparse.csr_matrix, basis: np.ndarray, steps: int) 
     size, found = basis.shape
     Q = np.empty((size, found + steps))
     Q[:, :found] = basis
-    vector: np.ndarray = np.random.default_rng(1).standard_normal(size)
+    vector = np.random.default_rng(1).standard_normal(size)
     diagonal, beside = [], []
     for step in range(steps):
         known = Q[:, : found + step]
-        vector -= known @ (known.T @ vector)
-        vector -= known @ (known.T @ vector)
-        norm = np.linalg.norm(vector)
+        for _ in range(2):
+            vector = vector - known @ (known.T @ vector)
+        norm = float(np.linalg.norm(vector))
         if norm < 1e-12:
             break
         if step:

@@ -24,7 +24,8 @@ def explained(embedding, functions):
 def levels(sample):
     """Slices of equal exact eigenvalues."""
     starts = np.flatnonzero(np.r_[True, np.diff(sample.eigenvalues) > 1e-9])
-    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(sample.eigenvalues)])]
+    stops = [*starts[1:], len(sample.eigenvalues)]
+    return [slice(a, b) for a, b in zip(starts, stops, strict=True)]
 
 
 def crowded_circle(seed, noise=0.0):
@@ -114,12 +115,6 @@ def test_embedding_has_unit_variance_and_time_scales_it():
     assert (np.diff(plain.eigenvalues_) <= 0).all()
     largest = np.abs(plain.embedding_).argmax(0)
     assert (plain.embedding_[largest, np.arange(4)] > 0).all()
-
-
-def aligned(A, B):
-    """Largest difference after the best rotation of B on A (eigenspaces may turn)."""
-    U, _, V = np.linalg.svd(B.T @ A)
-    return np.abs(A - B @ U @ V).max()
 
 
 BASE = samples.swiss_roll(700, n_features=6, random_state=0).points
