@@ -154,7 +154,7 @@ def _top_of_rest(block: scipy.sparse.csr_matrix, basis: np.ndarray, steps: int) 
     size, found = basis.shape
     Q = np.empty((size, found + steps))
     Q[:, :found] = basis
-    vector = np.random.default_rng(1).standard_normal(size)
+    vector: np.ndarray = np.random.default_rng(1).standard_normal((size,))
     diagonal, beside = [], []
     for step in range(steps):
         known = Q[:, : found + step]
