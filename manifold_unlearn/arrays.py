@@ -158,6 +158,28 @@ def forget_mask(y: Any, n_samples: int) -> Tensor:
     return forget
 
 
+def row_weights(sample_weight: Any, X: Tensor, forget: Tensor) -> Tensor:
+    """Checked weights ``(n_samples,)`` in float64 on the device of ``X``; ones for None.
+
+    Raises
+    ------
+    ValueError
+        Another length than the data, a negative or non-finite weight, or a side without weight.
+    """
+    if sample_weight is None:
+        return torch.ones(X.shape[0], dtype=torch.float64, device=X.device)
+    weight = torch.as_tensor(sample_weight).detach().to(X.device, torch.float64)
+    if weight.shape != (X.shape[0],):
+        raise ValueError(
+            f"sample_weight has shape {tuple(weight.shape)}; expected ({X.shape[0]},)."
+        )
+    if not bool(torch.isfinite(weight).all()) or bool((weight < 0).any()):
+        raise ValueError("sample_weight must be finite and not negative.")
+    if not (bool(weight[forget].sum() > 0) and bool(weight[~forget].sum() > 0)):
+        raise ValueError("sample_weight leaves the forget or the retain side without weight.")
+    return weight
+
+
 def restore(result: Tensor, like: Any) -> Any:
     """Give ``result`` the kind of ``like``: a tensor on its device, or a numpy array.
 

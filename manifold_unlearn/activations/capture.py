@@ -224,16 +224,20 @@ def capture(
     kept: dict[str, Tensor] = {}
 
     def place(batch: Batch, seen: Mapping[str, Tensor]) -> None:
+        lines = [(r, i) for r, i in enumerate(batch.index.tolist())]
+        row = torch.cat([torch.full((int(masks[i].sum()),), r) for r, i in lines])
+        column = torch.cat([masks[i].nonzero()[:, 0] for _, i in lines])
+        target = torch.cat([torch.arange(int(starts[i]), int(starts[i + 1])) for _, i in lines])
         for name in names:
-            for row, i in enumerate(batch.index.tolist()):
-                chosen = seen[name][row, : len(rows[i])][masks[i].to(seen[name].device)].cpu()
-                if name not in kept:
-                    kept[name] = chosen.new_empty(int(starts[-1]), chosen.shape[-1])
-                kept[name][starts[i] : starts[i + 1]] = chosen
-            _require_finite(kept[name], name, batch, starts)
+            chosen = seen[name][row.to(seen[name].device), column.to(seen[name].device)].cpu()
+            if name not in kept:
+                kept[name] = chosen.new_empty(int(starts[-1]), chosen.shape[-1])
+            kept[name][target] = chosen
 
     _run(model, wanted + last, batches(rows, batch_size=batch_size), place, progress)
     table = _token_table(rows, masks, kept, sink_ratio)
+    for name in names:
+        _require_finite(kept[name], name, table.text_index)
     return Activations({name: kept[name] for name in names}, table)
 
 
@@ -283,9 +287,12 @@ def _run(
             place(batch, seen)
 
 
-def _require_finite(kept: Tensor, name: str, batch: Batch, starts: Tensor) -> None:
-    for i in batch.index.tolist():
-        require_finite(kept[starts[i] : starts[i + 1]], f"site {name!r}, text {i},")
+def _require_finite(values: Tensor, name: str, text_index: Tensor) -> None:
+    try:
+        require_finite(values, f"site {name!r}")
+    except ValueError as error:
+        row = int((~torch.isfinite(values).all(dim=1)).nonzero()[0, 0])
+        raise ValueError(f"{error} It belongs to text {int(text_index[row])}.") from None
 
 
 def _token_table(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ class Item:
     paraphrased_answer: str = ""
     perturbed_answer: tuple[str, ...] = ()
     topic: str = ""
+    weight: float = 1.0
+    """How much the item counts in a fit; near neighbors of what is forgotten deserve more."""
 
     @property
     def text(self) -> str:
@@ -42,16 +45,16 @@ Items: TypeAlias = "str | Path | Iterable[Item | Mapping[str, Any] | str]"
 
 
 def read_items(source: Items, *, template: str = "{question}", name: str = "items") -> list[Item]:
-    """Items from a JSONL file, from mappings with the same keys, or from plain texts.
+    r"""Items from a JSONL file, from mappings with the same keys, or from plain texts.
 
     Parameters
     ----------
     source : path or iterable
         JSON objects with ``question`` and ``answer`` and optionally ``paraphrased_question`` (one
-        or a list), ``paraphrased_answer``, ``perturbed_answer`` (a list), ``topic``; or with
-        ``text`` alone. A plain string in an iterable is a text.
+        or a list), ``paraphrased_answer``, ``perturbed_answer`` (a list), ``topic``, ``weight``;
+        or with ``text`` alone. A plain string in an iterable is a text.
     template : str, default="{question}"
-        How a question becomes a prompt, as ``"Question: {question}\\nAnswer:"``.
+        How a question becomes a prompt, as ``"Question: {question}\nAnswer:"``.
     name : str
         What error messages call the set.
 
@@ -109,7 +112,7 @@ def _item(record: Item | Mapping[str, Any] | str, template: str, name: str, i: i
     if isinstance(record.get("text"), str) and "question" not in record:
         if not record["text"].strip():
             raise ValueError(f"{name}[{i}] has an empty text; remove it.")
-        return Item(record["text"], topic=record.get("topic", ""))
+        return Item(record["text"], topic=record.get("topic", ""), weight=_weight(record, name, i))
     question, answer = record.get("question"), record.get("answer")
     for key, value in (("question", question), ("answer", answer)):
         if not isinstance(value, str) or not value.strip():
@@ -125,7 +128,15 @@ def _item(record: Item | Mapping[str, Any] | str, template: str, name: str, i: i
         paraphrased_answer=record.get("paraphrased_answer") or "",
         perturbed_answer=_strings(record.get("perturbed_answer")),
         topic=record.get("topic", ""),
+        weight=_weight(record, name, i),
     )
+
+
+def _weight(record: Mapping[str, Any], name: str, i: int) -> float:
+    weight = record.get("weight", 1.0)
+    if not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        raise ValueError(f"{name}[{i}] has weight={weight!r}; it must be a positive number.")
+    return float(weight)
 
 
 def _strings(value: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -19,19 +19,21 @@ class Moments:
     Chan, Golub and LeVeque (1983), The American Statistician 37.
     """
 
-    count: int
+    count: float
+    """number of rows, or the sum of their weights"""
     mean: Tensor
     """(d,)"""
     scatter: Tensor
     """(d, d): sum of ``(x - mean)(x - mean)'``"""
 
     @classmethod
-    def of(cls, X: Tensor) -> Moments:
-        """Moments of the rows of ``X`` (n_samples, d)."""
+    def of(cls, X: Tensor, weight: Tensor | None = None) -> Moments:
+        """Moments of the rows of ``X`` (n_samples, d), weighted by ``weight`` (n_samples,)."""
         rows = X.to(torch.float64)
-        mean = rows.mean(dim=0)
+        w = rows.new_ones(len(rows)) if weight is None else weight.to(rows)
+        mean = (w @ rows) / w.sum()
         centered = rows - mean
-        return cls(X.shape[0], mean, centered.T @ centered)
+        return cls(float(w.sum()), mean, (centered * w[:, None]).T @ centered)
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets of rows together."""
@@ -55,13 +57,13 @@ class Moments:
         return self.covariance + torch.outer(shift, shift)
 
 
-def oas_shrinkage(covariance: Tensor, count: int) -> float:
+def oas_shrinkage(covariance: Tensor, count: float) -> float:
     """Weight of the identity in the oracle-approximating shrinkage of a covariance.
 
     Parameters
     ----------
     covariance : Tensor of shape (d, d)
-    count : int
+    count : float
         Rows it was estimated from.
 
     Returns

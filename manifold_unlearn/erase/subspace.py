@@ -12,7 +12,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from manifold_unlearn import artifact
-from manifold_unlearn.arrays import as_rows, forget_mask, restore, validate
+from manifold_unlearn.arrays import as_rows, forget_mask, restore, row_weights, validate
 from manifold_unlearn.erase.moments import Moments, oas_shrinkage, shrink
 from manifold_unlearn.intervene.maps import AffineMap
 
@@ -101,7 +101,9 @@ class SubspaceEraser(TransformerMixin, BaseEstimator):
         self.affine = affine
         self.shrinkage = shrinkage
 
-    def fit(self, X: Any, y: Any = None, *, fixed: Any = None) -> SubspaceEraser:
+    def fit(
+        self, X: Any, y: Any = None, sample_weight: Any = None, *, fixed: Any = None
+    ) -> SubspaceEraser:
         """Fit on rows of both classes.
 
         Parameters
@@ -109,6 +111,8 @@ class SubspaceEraser(TransformerMixin, BaseEstimator):
         X : array or Tensor of shape (n_samples, n_features)
         y : array or Tensor of shape (n_samples,)
             1 marks forget, everything else retain.
+        sample_weight : array or Tensor of shape (n_samples,), optional
+            How much each row counts; a retain row of weight 2 is protected as if it stood twice.
         fixed : array or Tensor of shape (n_fixed, n_features), optional
             Rows that the map must leave where they are (attention sinks): ``A`` is kept
             orthogonal to their leading directions, those with a singular value above 1 % of the
@@ -127,7 +131,9 @@ class SubspaceEraser(TransformerMixin, BaseEstimator):
         self._check_parameters()
         rows = validate(self, X, reset=True, min_samples=2)
         forget = forget_mask(y, rows.shape[0]).to(rows.device)
-        forget_moments, retain_moments = Moments.of(rows[forget]), Moments.of(rows[~forget])
+        weight = row_weights(sample_weight, rows, forget)
+        forget_moments = Moments.of(rows[forget], weight[forget])
+        retain_moments = Moments.of(rows[~forget], weight[~forget])
         if fixed is not None:
             fixed = as_rows(fixed, device=rows.device, name="fixed").to(torch.float64)
         self._fit_moments(forget_moments, retain_moments, fixed, like=X)

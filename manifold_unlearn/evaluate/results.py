@@ -47,23 +47,27 @@ class Change:
 
     @property
     def kept(self) -> float:
-        """Mean after over mean before."""
-        return self.after.mean / self.before.mean
+        """Mean after over mean before; NaN where there was nothing before."""
+        return self.after.mean / self.before.mean if self.before.mean else float("nan")
 
     @property
     def interval(self) -> tuple[float, float]:
         """95 % bootstrap interval of :attr:`kept`, items resampled in pairs."""
         index = _resamples(len(self.before.values))
         after = self.after.values[index].mean(axis=1)
-        return _percentiles(after / self.before.values[index].mean(axis=1))
+        before = self.before.values[index].mean(axis=1)
+        if not before.all():
+            return float("nan"), float("nan")
+        return _percentiles(after / before)
 
     def to_json(self) -> dict[str, Any]:
-        """Both metrics and what was kept."""
+        """Both metrics and what was kept; null where that is undefined."""
+        defined = bool(np.isfinite([self.kept, *self.interval]).all())
         return {
             "before": self.before.to_json(),
             "after": self.after.to_json(),
-            "kept": self.kept,
-            "kept_interval": list(self.interval),
+            "kept": self.kept if defined else None,
+            "kept_interval": list(self.interval) if defined else None,
         }
 
 

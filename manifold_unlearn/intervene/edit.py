@@ -40,7 +40,9 @@ class Edit(Mapping[str, AffineMap]):
         tensors, config, _ = artifact.load(directory, kind="Edit")
         return cls(
             {
-                site: AffineMap(*(tensors[f"{site}/{part}"] for part in ("read", "write", "offset")))
+                site: AffineMap(
+                    *(tensors[f"{site}/{part}"] for part in ("read", "write", "offset"))
+                )
                 for site in config["sites"]
             }
         )

@@ -1,0 +1,320 @@
+"""The main job in one call: capture, fit, edit, bake, measure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from manifold_unlearn import artifact
+from manifold_unlearn.activations.capture import SINK_RATIO, Activations, capture
+from manifold_unlearn.activations.corpus import Item, Items, read_items, require_disjoint
+from manifold_unlearn.activations.sites import find_decoder
+from manifold_unlearn.erase.subspace import SubspaceEraser
+from manifold_unlearn.evaluate.likelihood import plain
+from manifold_unlearn.evaluate.results import Change, Metric
+from manifold_unlearn.evaluate.suites import assess, assess_text
+from manifold_unlearn.intervene.bake import bake as bake_edit
+from manifold_unlearn.intervene.bake import is_bakeable
+from manifold_unlearn.intervene.edit import Edit
+from manifold_unlearn.intervene.hooks import intervene
+from manifold_unlearn.intervene.maps import DenseAffineMap
+
+UnlearnMethod = Literal["subspace"]
+FitTokens = Literal["query", "answer"]
+
+
+@dataclass(frozen=True)
+class SubspaceRecipe:
+    """What to erase with, and where; the defaults are what ``experiments/erase_sweep.py`` chose.
+
+    All sites are fitted on the unedited model. (Fitted one after the other, each on what the edits
+    before it leave, they forget several times less: docs/research/linear_erasure.md.)
+    """
+
+    parts: tuple[str, ...] = ("attn",)
+    """Parts of a block whose output is edited: ``attn``, ``mlp``, ``mlp.hidden``, or ``""`` for
+    the stream behind the block."""
+    first: float = 8 / 30
+    """First edited block, as a share of the depth."""
+    last: float = 28 / 30
+    """End of the edited blocks (exclusive), as a share of the depth."""
+    method: str = "contrastive"
+    rank: int = 1
+    tokens: FitTokens = "query"
+    """Rows of a question to tell apart: ``query`` is the token that predicts the answer's first,
+    ``answer`` all that predict one of the answer's. Plain texts always give all their rows."""
+    context_share: float = 0.5
+    """Weight of the other prompt tokens of the retain questions, together, as a share of the
+    weight of those that are told apart."""
+    text_share: float = 0.5
+    """Weight of the tokens of the plain texts to retain, together, likewise."""
+
+    def sites(self, model: Any) -> list[str]:
+        """Sites in a model, in the order in which they are computed."""
+        n = len(find_decoder(model).blocks)
+        blocks = range(round(self.first * n), max(round(self.first * n) + 1, round(self.last * n)))
+        return [f"layers.{i}.{part}".rstrip(".") for i in blocks for part in self.parts]
+
+
+@dataclass(frozen=True, eq=False)
+class UnlearnResult:
+    """An edited model, the edit, and what it did."""
+
+    model: Any
+    """The baked model, or the model that was given: then open :meth:`active` to use the edit."""
+    tokenizer: Any
+    edit: Edit
+    baked: bool
+    metrics: dict[str, Any]
+    """JSON values; see :func:`unlearn`."""
+    changes: dict[str, dict[str, Change]] = field(repr=False)
+    """For each evaluated set and metric, per-item values before and after."""
+
+    def active(self) -> AbstractContextManager[Any]:
+        """Open to the model with the edit in force, baked or hooked."""
+        return nullcontext(self.model) if self.baked else intervene(self.model, self.edit)
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``edit/``, ``metrics.json`` and, if baked, ``model/`` (plain transformers)."""
+        directory = Path(directory)
+        self.edit.save(directory / "edit")
+        if self.baked:
+            with artifact.replacing(directory / "model") as staged:
+                self.model.save_pretrained(staged)
+                self.tokenizer.save_pretrained(staged)
+        artifact.write_json(directory / "metrics.json", self.metrics)
+
+
+def unlearn(
+    model: Any,
+    tokenizer: Any,
+    forget: Items,
+    retain: Items,
+    *,
+    method: UnlearnMethod = "subspace",
+    recipe: SubspaceRecipe | None = None,
+    bake: bool = False,
+    template: str = "{question}",
+    include_eos: bool = False,
+    evaluate_on: Mapping[str, Items] | None = None,
+    neutral: Sequence[str] = (),
+    generate: bool = True,
+) -> UnlearnResult:
+    """Make a model forget one set of questions or texts and keep another.
+
+    Parameters
+    ----------
+    model, tokenizer
+        As :func:`load_model` gives them. The model is never changed; a baked one is a copy.
+    forget, retain : path, or iterable of mappings or str
+        JSONL file or records with ``question`` and ``answer``, or ``text``. Disjoint.
+    method : {"subspace"}, default="subspace"
+    recipe : SubspaceRecipe, optional
+        Sites, rank and rows of the fit.
+    bake : bool, default=False
+        Write the edit into the weights.
+    template : str, default="{question}"
+        How a question becomes a prompt.
+    include_eos : bool, default=False
+        Score answers with their end-of-sequence token.
+    evaluate_on : mapping of str to items, optional
+        Sets to measure before and after. Default: ``forget`` and ``retain`` themselves.
+    neutral : sequence of str
+        Texts for perplexity and divergence.
+    generate : bool, default=True
+        Also measure ROUGE-L recall of greedy answers.
+
+    Returns
+    -------
+    UnlearnResult
+        ``metrics`` has ``sets`` (per set and metric: before, after, kept share with its interval),
+        ``neutral`` (perplexity before and after, their ratio, KL), ``config`` and ``seconds``.
+
+    Raises
+    ------
+    ValueError
+        An empty set, texts in both sets, a site that does not exist or does not bake, activations
+        that are not finite, a rank above the data's, a text longer than the context.
+    """
+    if method not in get_args(UnlearnMethod):
+        raise ValueError(f"method={method!r} is not one of {', '.join(get_args(UnlearnMethod))}.")
+    recipe = recipe or SubspaceRecipe()
+    forget_items = read_items(forget, template=template, name="forget")
+    retain_items = read_items(retain, template=template, name="retain")
+    require_disjoint(forget_items, retain_items)
+    sets = {"forget": forget_items, "retain": retain_items}
+    if evaluate_on is not None:
+        sets = {n: read_items(s, template=template, name=n) for n, s in evaluate_on.items()}
+    clock = _Clock()
+    with clock("fit"):
+        edit = fit_edit(model, tokenizer, forget_items, retain_items, recipe, bakeable=bake)
+    edited = model
+    if bake:
+        with clock("bake"):
+            edited = bake_edit(model, edit)
+    subject = plain(edited) if bake else lambda: intervene(model, edit)
+    with clock("evaluate"):
+        changes = {
+            name: compare(
+                plain(model), subject, tokenizer, items, include_eos=include_eos, generate=generate
+            )
+            for name, items in sets.items()
+        }
+        quiet = _compare_text(model, subject, tokenizer, neutral) if neutral else None
+    metrics = {
+        "schema_version": 1,
+        "config": {"method": method, "recipe": asdict(recipe), "sites": list(edit), "baked": bake},
+        "counts": {name: len(items) for name, items in sets.items()},
+        "sets": {n: {m: c.to_json() for m, c in change.items()} for n, change in changes.items()},
+        "neutral": quiet,
+        "seconds": clock.seconds,
+    }
+    return UnlearnResult(edited, tokenizer, edit, bake, metrics, changes)
+
+
+def fit_edit(
+    model: Any,
+    tokenizer: Any,
+    forget: Sequence[Item],
+    retain: Sequence[Item],
+    recipe: SubspaceRecipe,
+    *,
+    bakeable: bool = False,
+) -> Edit:
+    """Fit one eraser a site on the rows of both sets.
+
+    With ``bakeable`` the edit is what :func:`bake` can take: a site without an exact weight edit is
+    an error, and where the architecture has no room for a bias the erasers are fitted without.
+    """
+    sites = recipe.sites(model)
+    items = [*forget, *retain]
+    affine = True
+    if bakeable:
+        probe = _unit_bias(model)
+        refused = [site for site in sites if not is_bakeable(model, site)]
+        if refused:
+            raise ValueError(
+                f"sites {refused} have no exact weight edit; use parts 'attn', 'mlp' or "
+                "'mlp.hidden', or leave the edit in hooks (bake=False)."
+            )
+        affine = all(is_bakeable(model, site, probe) for site in sites)
+    acts = capture(model, tokenizer, [i.pair if i.answer else i.question for i in items], sites)
+    weight = fit_weights(acts, items, len(forget), recipe)
+    chosen = weight > 0
+    y = (acts.text_index < len(forget)).long()
+    maps = {}
+    for site in sites:
+        rows = acts[site]
+        norms = torch.linalg.vector_norm(rows.float(), dim=1)
+        sinks = rows[norms > SINK_RATIO * norms.median()]
+        eraser = SubspaceEraser(recipe.method, recipe.rank, affine=affine)  # type: ignore[arg-type]
+        eraser.fit(rows[chosen], y[chosen], weight[chosen], fixed=sinks if len(sinks) else None)
+        maps[site] = eraser.map_
+    return Edit(maps)
+
+
+def _unit_bias(model: Any) -> DenseAffineMap:
+    width = model.get_input_embeddings().weight.shape[1]
+    return DenseAffineMap(torch.eye(width), torch.ones(width))
+
+
+def fit_weights(
+    acts: Activations, items: Sequence[Item], n_forget: int, recipe: SubspaceRecipe
+) -> Tensor:
+    """Weight of every captured row in the fit; 0 leaves it out.
+
+    Parameters
+    ----------
+    acts : Activations
+        Every token of the items' texts (``tokens="all"``), the forget items first.
+    items : sequence of Item
+        ``weight`` multiplies that of the item's rows.
+    n_forget : int
+    recipe : SubspaceRecipe
+
+    Returns
+    -------
+    Tensor of shape (n_tokens,), float64
+        Sinks, special tokens, and the first token of each text (a sink at some depth in every
+        model that has no beginning-of-sequence token) weigh 0.
+    """
+    if recipe.tokens not in get_args(FitTokens):
+        raise ValueError(
+            f"tokens={recipe.tokens!r} is not one of {', '.join(get_args(FitTokens))}."
+        )
+    asked = torch.tensor([bool(item.answer) for item in items])[acts.text_index]
+    usable = ~(acts.sink | acts.special | (acts.position == 0))
+    before_answer = torch.cat([acts.answer[1:], acts.answer.new_zeros(1)])
+    told_apart = before_answer & (~acts.answer if recipe.tokens == "query" else True)
+    retained = acts.text_index >= n_forget
+    weight = torch.tensor([item.weight for item in items], dtype=torch.float64)[acts.text_index]
+    weight[~usable] = 0
+    weight[asked & ~told_apart] = 0
+    mass = float(weight[asked & retained].sum())
+    if mass > 0:
+        context = asked & retained & usable & ~told_apart & ~acts.answer
+        for rows, share in (
+            (context, recipe.context_share),
+            (retained & ~asked, recipe.text_share),
+        ):
+            weight[rows & usable] = share * mass / max(1, int((rows & usable).sum()))
+    return weight
+
+
+def compare(
+    before: Callable[[], AbstractContextManager[Any]],
+    after: Callable[[], AbstractContextManager[Any]],
+    tokenizer: Any,
+    items: Sequence[Item],
+    *,
+    include_eos: bool = False,
+    generate: bool = True,
+) -> dict[str, Change]:
+    """Every metric of a set before and after an edit, item by item."""
+    asked = [item for item in items if item.answer]
+    texts = [item for item in items if not item.answer]
+    changes: dict[str, Change] = {}
+    for part in filter(None, (asked, texts)):
+        old: dict[str, Metric]
+        old, new = (
+            assess(subject, tokenizer, part, include_eos=include_eos, generate=generate)
+            for subject in (before, after)
+        )
+        suffix = "" if part is asked or not asked else "_of_text"
+        changes |= {name + suffix: Change(old[name], new[name]) for name in old}
+    return changes
+
+
+def _compare_text(
+    model: Any, subject: Any, tokenizer: Any, texts: Sequence[str]
+) -> dict[str, float]:
+    old = assess_text(plain(model), tokenizer, texts)
+    new = assess_text(subject, tokenizer, texts, reference=plain(model))
+    return {
+        "perplexity_before": old["perplexity"],
+        "perplexity_after": new["perplexity"],
+        "perplexity_ratio": new["perplexity"] / old["perplexity"],
+        "kl": new["kl"],
+    }
+
+
+class _Clock:
+    """Seconds spent in named parts."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(time.perf_counter() - start, 2)
