@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 _DENSE = 400  # components up to this size are solved densely
+_AFFORDABLE = 3000  # and up to this size where ARPACK fails
 _TOLERANCE = 1e-10
+_RESTARTS = 60
 
 
 class Eigenpairs(NamedTuple):
@@ -45,8 +47,8 @@ def markov_eigenpairs(
 
     Components are solved one by one, so a repeated eigenvalue 1 is exact and the coordinates of
     one component are not mixed with another's. On the CPU by ARPACK with a fixed start (densely
-    below 400 rows); on another device, and where ARPACK misses a copy of a repeated eigenvalue, by
-    :func:`block_eigenpairs`.
+    up to 400 rows); where it does not converge or misses a copy of a repeated eigenvalue densely
+    up to 3,000 rows, and beyond, as on another device, by :func:`block_eigenpairs`.
 
     Parameters
     ----------
@@ -137,16 +139,33 @@ def _arpack(block: scipy.sparse.csr_matrix, wanted: int) -> tuple[np.ndarray, np
     """By ARPACK, which sees one vector of an exactly repeated eigenvalue; if so, by blocks."""
     spare = wanted + 2
     start = np.random.default_rng(0).standard_normal(block.shape[0])
-    values, basis = scipy.sparse.linalg.eigsh(
-        block, spare, which="LA", v0=start, tol=_TOLERANCE, ncv=max(2 * spare + 1, 24)
-    )
+    try:
+        values, basis = scipy.sparse.linalg.eigsh(
+            block,
+            spare,
+            which="LA",
+            v0=start,
+            tol=_TOLERANCE,
+            ncv=max(2 * spare + 1, 24),
+            maxiter=_RESTARTS,
+        )
+    except scipy.sparse.linalg.ArpackNoConvergence:  # eigenvalues crowd near 1
+        return _slowly(block, wanted)
     order = np.argsort(-values, kind="stable")
     values, basis = values[order], basis[:, order]
     gap = max(values[1] - values[-1], 1e-12) / (1 + values[-1])
     steps = int(np.clip((np.log(len(basis)) + 3) / (4 * np.sqrt(gap)), 20, 150))
     if _top_of_rest(block, basis, steps) > values[wanted - 1] + 1e-9:
-        return _filtered(block, wanted, "cpu")
+        return _slowly(block, wanted)
     return values[:wanted], basis[:, :wanted]
+
+
+def _slowly(block: scipy.sparse.csr_matrix, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+    """By a method that crowded and repeated eigenvalues do not mislead."""
+    size = block.shape[0]
+    if size > _AFFORDABLE:
+        return _filtered(block, wanted, "cpu")
+    return scipy.linalg.eigh(block.toarray(), subset_by_index=[size - wanted, size - 1])
 
 
 def _top_of_rest(block: scipy.sparse.csr_matrix, basis: np.ndarray, steps: int) -> float:
@@ -208,7 +227,7 @@ def block_eigenpairs(
     size, wanted : int
     device : torch.device or str
     degree : int
-        Of the filter; products per iteration.
+        Of the filter; products per iteration. Doubled every 10 iterations, up to 16 times.
     max_iter : int
     tol : float
         Norm of a residual at which its pair counts as found.
@@ -226,7 +245,7 @@ def block_eigenpairs(
     width = min(size, wanted + max(8, wanted // 2))
     start = np.random.default_rng(0).standard_normal((size, width))
     V = torch.linalg.qr(torch.from_numpy(start).to(device)).Q
-    for _ in range(max_iter):
+    for iteration in range(max_iter):
         image = apply(V)
         values, rotation = torch.linalg.eigh(V.T @ image)
         V, image = V @ rotation, image @ rotation
@@ -237,7 +256,8 @@ def block_eigenpairs(
         edge = min(float(values[0]), 1 - 1e-9)
         middle, half = (edge - 1) / 2, (edge + 1) / 2
         previous, current = V, (image - middle * V) / half
-        for _ in range(degree - 1):
+        growing = degree * 2 ** min(iteration // 10, 4)  # crowded eigenvalues need sharper filters
+        for _ in range(growing - 1):
             previous, current = current, 2 * (apply(current) - middle * current) / half - previous
             if float(current.abs().max()) > 1e100:
                 previous, current = previous / 1e100, current / 1e100

@@ -50,6 +50,17 @@ def test_repeated_eigenvalues_are_found_with_their_multiplicity(n_samples):
     np.testing.assert_allclose(gram, np.eye(8), atol=1e-6)
 
 
+def test_crowded_eigenvalues_are_found():
+    weak = 1e-7  # three parts that hardly touch
+    kernel = scipy.linalg.block_diag(*(cloud_kernel(200, seed) for seed in range(3)))
+    kernel[[0, 200], [200, 400]] = kernel[[200, 400], [0, 200]] = weak
+    found = markov_eigenpairs(*markov(kernel), 4)
+    assert (1 - found.eigenvalues[:2] < 1e-7).all()
+    assert (1 - found.eigenvalues[:2] > 0).all()
+    means = [found.eigenvectors[part : part + 200, :2].mean(0) for part in (0, 200, 400)]
+    assert np.linalg.matrix_rank(np.array(means) - np.mean(means, axis=0), tol=0.1) == 2
+
+
 def test_components_give_one_eigenvalue_one_each_and_no_mixing():
     kernel = scipy.linalg.block_diag(cloud_kernel(50, 1), cloud_kernel(450, 2), np.ones((1, 1)))
     found = markov_eigenpairs(*markov(kernel), 5)
