@@ -26,8 +26,9 @@ class SubspaceEraser(TransformerMixin, BaseEstimator):
     """Projection that makes chosen directions read the same of every row.
 
     With reading directions ``A``, retain mean ``mu`` and retain covariance ``S`` the map is
-    ``h -> h - S A (A' S A)^+ A' (h - mu)``. After it ``A'h = A'mu`` for every row, and no affine
-    map with that property moves the retain rows less in mean square. The methods differ in ``A``:
+    ``h -> h - S A (A' S A)^+ A' (h - mu)``. After it ``A'h = A'mu`` for every row, and retain rows
+    are uncorrelated with what ``A`` read of them; no affine map with the latter property moves
+    them less in mean square. The methods differ in ``A``:
 
     ``"mean_difference"``
         Difference of the class means. One direction.
@@ -176,15 +177,16 @@ class SubspaceEraser(TransformerMixin, BaseEstimator):
 
     def _free_subspace(self, center: Tensor, fixed: Tensor | None) -> Tensor:
         """Orthonormal basis ``(d, k)`` of the directions that may be read."""
-        bound = [] if self.affine or self.method == "leace" else [center[None]]
-        if fixed is not None and len(fixed):
-            bound.append(fixed - center if self.affine else fixed)
         d = center.shape[0]
-        identity = torch.eye(d, dtype=center.dtype, device=center.device)
-        if not bound:
-            return identity
+        bound = [center.new_empty(0, d)]
+        if not self.affine and self.method != "leace" and bool(center.any()):
+            bound.append(center[None] / torch.linalg.vector_norm(center))
+        if fixed is not None and len(fixed):
+            held = fixed - center if self.affine else fixed
+            _, sizes, axes = torch.linalg.svd(held, full_matrices=False)
+            bound.append(axes[sizes > FIXED_TOLERANCE * sizes[0]])
         _, sizes, axes = torch.linalg.svd(torch.cat(bound), full_matrices=True)
-        n_bound = int((sizes > FIXED_TOLERANCE * sizes[0]).sum()) if sizes[0] > 0 else 0
+        n_bound = int((sizes > 1e-6).sum())  # unit rows: the mean may lie among the fixed axes
         if n_bound >= d:
             raise ValueError(
                 f"{n_bound} fixed directions leave nothing of {d} features to read; "
