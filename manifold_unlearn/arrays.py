@@ -23,7 +23,7 @@ Device: TypeAlias = "str | torch.device | Literal['auto']"
 
 
 def resolve_device(device: Device, like: object = None) -> torch.device:
-    """Device to compute on: the one named, or for ``"auto"`` that of ``like``, else a GPU, else CPU."""
+    """Device to compute on: the one named; for ``"auto"`` that of ``like``, a GPU, or the CPU."""
     if device != "auto":
         return torch.device(device)
     if isinstance(like, Tensor):

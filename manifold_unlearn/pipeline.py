@@ -106,6 +106,7 @@ def unlearn(
     evaluate_on: Mapping[str, Items] | None = None,
     neutral: Sequence[str] = (),
     generate: bool = True,
+    max_new_tokens: int | None = None,
 ) -> UnlearnResult:
     """Make a model forget one set of questions or texts and keep another.
 
@@ -130,6 +131,8 @@ def unlearn(
         Texts for perplexity and divergence.
     generate : bool, default=True
         Also measure ROUGE-L recall of greedy answers.
+    max_new_tokens : int, optional
+        Of the greedy answers; see :func:`manifold_unlearn.evaluate.assess`.
 
     Returns
     -------
@@ -160,11 +163,12 @@ def unlearn(
         with clock("bake"):
             edited = bake_edit(model, edit)
     subject = plain(edited) if bake else lambda: intervene(model, edit)
+    how = {
+        "include_eos": include_eos, "generate": generate, "max_new_tokens": max_new_tokens
+    }  # fmt: skip
     with clock("evaluate"):
         changes = {
-            name: compare(
-                plain(model), subject, tokenizer, items, include_eos=include_eos, generate=generate
-            )
+            name: compare(plain(model), subject, tokenizer, items, **how)
             for name, items in sets.items()
         }
         quiet = _compare_text(model, subject, tokenizer, neutral) if neutral else None
@@ -194,21 +198,25 @@ def fit_edit(
     an error, and where the architecture has no room for a bias the erasers are fitted without.
     """
     sites = recipe.sites(model)
+    affine = not bakeable or _has_room_for_biases(model, sites)
     items = [*forget, *retain]
-    affine = True
-    if bakeable:
-        probe = _unit_bias(model)
-        refused = [site for site in sites if not is_bakeable(model, site)]
-        if refused:
-            raise ValueError(
-                f"sites {refused} have no exact weight edit; use parts 'attn', 'mlp' or "
-                "'mlp.hidden', or leave the edit in hooks (bake=False)."
-            )
-        affine = all(is_bakeable(model, site, probe) for site in sites)
     acts = capture(model, tokenizer, [i.pair if i.answer else i.question for i in items], sites)
-    weight = fit_weights(acts, items, len(forget), recipe)
+    return fit_maps(acts, items, len(forget), recipe, sites, affine=affine)
+
+
+def fit_maps(
+    acts: Activations,
+    items: Sequence[Item],
+    n_forget: int,
+    recipe: SubspaceRecipe,
+    sites: Sequence[str],
+    *,
+    affine: bool = True,
+) -> Edit:
+    """Fit one eraser a site on captured rows; the arguments are those of :func:`fit_weights`."""
+    weight = fit_weights(acts, items, n_forget, recipe)
     chosen = weight > 0
-    y = (acts.text_index < len(forget)).long()
+    y = (acts.text_index < n_forget).long()
     maps = {}
     for site in sites:
         rows = acts[site]
@@ -218,6 +226,17 @@ def fit_edit(
         eraser.fit(rows[chosen], y[chosen], weight[chosen], fixed=sinks if len(sinks) else None)
         maps[site] = eraser.map_
     return Edit(maps)
+
+
+def _has_room_for_biases(model: Any, sites: Sequence[str]) -> bool:
+    refused = [site for site in sites if not is_bakeable(model, site)]
+    if refused:
+        raise ValueError(
+            f"sites {refused} have no exact weight edit; use parts 'attn', 'mlp' or 'mlp.hidden', "
+            "or leave the edit in hooks (bake=False)."
+        )
+    probe = _unit_bias(model)
+    return all(is_bakeable(model, site, probe) for site in sites)
 
 
 def _unit_bias(model: Any) -> DenseAffineMap:
@@ -273,20 +292,19 @@ def compare(
     after: Callable[[], AbstractContextManager[Any]],
     tokenizer: Any,
     items: Sequence[Item],
-    *,
-    include_eos: bool = False,
-    generate: bool = True,
+    **how: Any,
 ) -> dict[str, Change]:
-    """Every metric of a set before and after an edit, item by item."""
+    """Every metric of a set before and after an edit, item by item.
+
+    ``how`` goes to :func:`manifold_unlearn.evaluate.assess`. Plain texts in a set of questions are
+    measured apart; their metrics end in ``_of_text``.
+    """
     asked = [item for item in items if item.answer]
     texts = [item for item in items if not item.answer]
     changes: dict[str, Change] = {}
     for part in filter(None, (asked, texts)):
         old: dict[str, Metric]
-        old, new = (
-            assess(subject, tokenizer, part, include_eos=include_eos, generate=generate)
-            for subject in (before, after)
-        )
+        old, new = (assess(subject, tokenizer, part, **how) for subject in (before, after))
         suffix = "" if part is asked or not asked else "_of_text"
         changes |= {name + suffix: Change(old[name], new[name]) for name in old}
     return changes

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from manifold_unlearn import artifact
 from manifold_unlearn.activations.models import context_length, evaluating
 from manifold_unlearn.activations.sites import Site, resolve_site
 from manifold_unlearn.activations.tokens import (
@@ -45,6 +47,19 @@ class Activations(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.arrays)
+
+    def save(self, directory: str | Path) -> None:
+        """Write rows and token table to a directory that :meth:`load` reads."""
+        tensors = {f"sites/{site}": rows for site, rows in self.arrays.items()}
+        tensors |= {f"tokens/{f.name}": getattr(self.tokens, f.name) for f in fields(TokenTable)}
+        artifact.save(directory, "Activations", tensors, {"sites": list(self.arrays)})
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Activations:
+        """Read what :meth:`save` wrote; raises as :func:`manifold_unlearn.artifact.load`."""
+        tensors, config, _ = artifact.load(directory, kind="Activations")
+        table = TokenTable(**{f.name: tensors[f"tokens/{f.name}"] for f in fields(TokenTable)})
+        return cls({site: tensors[f"sites/{site}"] for site in config["sites"]}, table)
 
     @property
     def text_index(self) -> Tensor:

@@ -139,8 +139,8 @@ def assess_text(
     Returns
     -------
     dict
-        ``perplexity``, and with a reference ``kl``: mean over tokens of ``KL(reference || subject)``
-        in nats.
+        ``perplexity``, and with a reference ``kl``: mean over tokens of
+        ``KL(reference || subject)`` in nats.
     """
     log_p, kl = text_log_probabilities(subject, tokenizer, texts, reference=reference)
     found = {"perplexity": perplexity(log_p)}

@@ -75,7 +75,7 @@ def is_bakeable(model: nn.Module, site: str, site_map: AffineSiteMap | None = No
     return linear.module.bias is not None or _biased_config(model, linear.path) is not None
 
 
-def bake(model: nn.Module, site_maps: Mapping[str, AffineSiteMap], *, inplace: bool = False) -> Any:
+def bake(model: nn.Module, site_maps: Mapping[str, AffineSiteMap]) -> Any:
     """Model whose weights do what :func:`intervene` does with these maps on all tokens.
 
     Exact where a linear map writes or reads the site: ``layers.i.mlp`` and ``layers.i.attn``
@@ -89,10 +89,12 @@ def bake(model: nn.Module, site_maps: Mapping[str, AffineSiteMap], *, inplace: b
     model : transformers.PreTrainedModel
     site_maps : mapping of str to AffineSiteMap
         Objects with ``matrix_ (d, d)`` and ``bias_ (d,)``.
+
     Returns
     -------
     transformers.PreTrainedModel
-        An edited copy; ``model`` is never touched. ``save_pretrained`` writes it and plain transformers loads it.
+        An edited copy; ``model`` is never touched. ``save_pretrained`` writes it and plain
+        transformers loads it.
 
     Raises
     ------

@@ -1,0 +1,266 @@
+"""The command line: one sub-command a public verb."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from manifold_unlearn import __version__
+from manifold_unlearn.pipeline import SubspaceRecipe, UnlearnMethod
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; answers the exit status.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        Default: those of the process.
+
+    Returns
+    -------
+    int
+        0; 2 after an error that the user can mend, which is printed in one line; 130 after Ctrl-C.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"manifold-unlearn {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"manifold-unlearn {options.command}: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="manifold-unlearn", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="forget one topic of plain facts and report it")
+    demo.add_argument("--topic", default="chemical-symbols", help="see --list-topics")
+    demo.add_argument("--list-topics", action="store_true", help="list the topics and stop")
+    demo.add_argument("--model", default="smollm2-135m", help="id, directory, .gguf or short name")
+    demo.add_argument("--bake", action="store_true", help="edit and save the weights")
+    demo.add_argument("--sweep", action="store_true", help="choose the recipe anew on validation")
+    _add_recipe(demo)
+    demo.add_argument("--out", type=Path, default=Path("demo-out"))
+    demo.set_defaults(run=_demo)
+
+    capture = commands.add_parser("capture", help="write activations of texts at named sites")
+    capture.add_argument("model")
+    capture.add_argument(
+        "--texts", required=True, type=Path, help="JSONL: text, or question+answer"
+    )
+    capture.add_argument("--sites", required=True, nargs="+", metavar="SITE")
+    capture.add_argument("--tokens", default="all", choices=["all", "last", "answer"])
+    capture.add_argument("--template", default="{question}")
+    capture.add_argument("--out", required=True, type=Path)
+    capture.set_defaults(run=_capture)
+
+    unlearn = commands.add_parser("unlearn", help="make a model forget a set and keep another")
+    unlearn.add_argument("model")
+    _add_sets(unlearn)
+    unlearn.add_argument("--method", default="subspace", choices=get_args(UnlearnMethod))
+    unlearn.add_argument("--bake", action="store_true", help="edit and save the weights")
+    _add_recipe(unlearn)
+    unlearn.add_argument("--neutral", type=Path, help="JSONL of texts for perplexity")
+    unlearn.set_defaults(run=_unlearn)
+
+    evaluate = commands.add_parser("evaluate", help="measure a model, beside one never told")
+    evaluate.add_argument("model")
+    evaluate.add_argument("--reference", help="the model that was never told the forget set")
+    _add_sets(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+    return parser
+
+
+def _add_sets(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--forget", required=True, type=Path, help="JSONL")
+    command.add_argument("--retain", required=True, type=Path, help="JSONL")
+    command.add_argument(
+        "--template", default="{question}", help=r"'Question: {question}\nAnswer:'"
+    )
+    command.add_argument(
+        "--eos",
+        action=argparse.BooleanOptionalAction,
+        help="score answers with their end token; default: with a template, not without",
+    )
+    command.add_argument("--no-generate", action="store_true", help="skip greedy answers (ROUGE-L)")
+    command.add_argument("--max-new-tokens", type=int, help="of greedy answers")
+    command.add_argument("--out", required=True, type=Path)
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("recipe (default: the outcome of the sweep)")
+    default = SubspaceRecipe()
+    for field in fields(SubspaceRecipe):
+        value = getattr(default, field.name)
+        flag = "--" + {"method": "eraser"}.get(field.name, field.name).replace("_", "-")
+        if isinstance(value, tuple):
+            group.add_argument(flag, dest=f"recipe_{field.name}", nargs="+")
+        else:
+            group.add_argument(flag, dest=f"recipe_{field.name}", type=type(value))
+
+
+def _recipe(options: argparse.Namespace) -> SubspaceRecipe:
+    given = {
+        field.name: getattr(options, f"recipe_{field.name}")
+        for field in fields(SubspaceRecipe)
+        if getattr(options, f"recipe_{field.name}") is not None
+    }
+    if "parts" in given:
+        given["parts"] = tuple(given["parts"])
+    return replace(SubspaceRecipe(), **given)
+
+
+def _template(options: argparse.Namespace) -> str:
+    r"""Template with ``\n`` written out in the shell made a line break."""
+    return options.template.replace("\\n", "\n")
+
+
+def _include_eos(options: argparse.Namespace) -> bool:
+    return options.template != "{question}" if options.eos is None else options.eos
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from manifold_unlearn.demo import DemoConfig, run_demo, summary_table
+    from manifold_unlearn.testbed.facts import topics
+
+    if options.list_topics:
+        print("\n".join(topics()))
+        return
+    recipe = _recipe(options)
+    if options.sweep:
+        from manifold_unlearn.sweep import choose_recipe
+
+        recipe = choose_recipe(options.model, options.topic, say=print)
+    config = DemoConfig(options.topic, options.model, options.bake, recipe)
+    result, metrics = run_demo(config, options.out, say=print)
+    _print_table(*summary_table(result.changes, metrics))
+    for row in metrics["verdict"]:
+        sign = "<=" if row["claim"].startswith(("forget", "neutral")) else ">="
+        word = "holds" if row["holds"] else "MISSED"
+        print(f"{row['claim']}: {row['value']:.3f} (target {sign} {row['target']}) {word}")
+    print(
+        f"{metrics['seconds_in_all']:.0f} s, {metrics['peak_memory_gib']:.1f} GiB; "
+        f"open {options.out / 'report.html'}"
+    )
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    cells = [[str(cell) for cell in row] for row in [columns, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    for row in cells:
+        line = [row[0].ljust(widths[0])]
+        line += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        print("  ".join(line))
+
+
+def _capture(options: argparse.Namespace) -> None:
+    from manifold_unlearn.activations.capture import capture
+    from manifold_unlearn.activations.corpus import read_items
+    from manifold_unlearn.activations.models import load_model
+
+    items = read_items(options.texts, template=options.template.replace("\\n", "\n"))
+    model, tokenizer = load_model(options.model)
+    texts = [item.pair if item.answer else item.question for item in items]
+    acts = capture(model, tokenizer, texts, options.sites, tokens=options.tokens)
+    acts.save(options.out)
+    print(f"{len(acts.tokens)} rows at {len(acts)} sites in {options.out}")
+
+
+def _unlearn(options: argparse.Namespace) -> None:
+    from manifold_unlearn.activations.corpus import read_items
+    from manifold_unlearn.activations.models import load_model
+    from manifold_unlearn.pipeline import unlearn
+    from manifold_unlearn.report import Report, before_after_bars
+
+    neutral = [item.question for item in read_items(options.neutral)] if options.neutral else ()
+    model, tokenizer = load_model(options.model)
+    result = unlearn(
+        model,
+        tokenizer,
+        options.forget,
+        options.retain,
+        method=options.method,
+        recipe=_recipe(options),
+        bake=options.bake,
+        template=_template(options),
+        include_eos=_include_eos(options),
+        neutral=neutral,
+        generate=not options.no_generate,
+        max_new_tokens=options.max_new_tokens,
+    )
+    result.save(options.out)
+    columns = ["set", "metric", "items", "before", "after", "kept"]
+    rows = [
+        [name, metric, len(c.before.values), f"{c.before.mean:.4f}", f"{c.after.mean:.4f}",
+         f"{c.kept:.1%}"]
+        for name, change in result.changes.items()
+        for metric, c in change.items()
+    ]  # fmt: skip
+    _print_table(columns, rows)
+    report = Report("Forgetting", f"{options.model}, {options.method}")
+    report.table(columns, rows, caption="Before and after")
+    report.figure(
+        before_after_bars({name: change["probability"] for name, change in result.changes.items()}),
+        "Mean answer probability before and after, with 95 % bootstrap intervals.",
+        alt="Bars of answer probability before and after.",
+    )
+    report.details("Configuration and figures", json.dumps(result.metrics, indent=2))
+    report.save(options.out / "report.html")
+    print(f"wrote {options.out}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from manifold_unlearn.activations.corpus import read_items
+    from manifold_unlearn.activations.models import load_model
+    from manifold_unlearn.artifact import write_json
+    from manifold_unlearn.evaluate import assess, model_report, plain
+
+    sets = {
+        name: read_items(getattr(options, name), template=_template(options), name=name)
+        for name in ("forget", "retain")
+    }
+    measured: dict[str, dict[str, Any]] = {}
+    for part in ("reference", "model"):
+        if (name := getattr(options, part)) is None:
+            continue
+        model, tokenizer = load_model(name)
+        measured[part] = {
+            which: assess(
+                plain(model),
+                tokenizer,
+                items,
+                include_eos=_include_eos(options),
+                generate=not options.no_generate,
+                max_new_tokens=options.max_new_tokens,
+            )
+            for which, items in sets.items()
+        }
+        del model
+    never_told = measured.get("reference", {}).get("forget")
+    report = {
+        part: model_report(found["forget"], found["retain"], never_told)
+        for part, found in reversed(measured.items())
+    }
+    write_json(options.out / "metrics.json", report)
+    rows = [
+        [part, which, name, f"{value:.4f}"]
+        for part, entry in report.items()
+        for which in ("forget", "retain")
+        for name, value in entry[which].items()
+    ]
+    _print_table(["model", "set", "metric", "mean"], rows)
+    for part, entry in report.items():
+        print(f"{part}: utility {entry['model_utility']:.4f}, forget quality "
+              f"{json.dumps(entry['forget_quality'])}")  # fmt: skip
+    print(f"wrote {options.out / 'metrics.json'}")
