@@ -231,7 +231,7 @@ def test_sites_are_one_mapping(llama, tokenizer):
 def test_recording_sees_the_prompt_then_each_generated_token(model, tokenizer):
     ids = torch.tensor([tokenizer(TEXTS[0]).input_ids])
     with recording(model, ["layers.1", "layers.1.mlp.hidden"]) as seen:
-        model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
+        model.generate(input_ids=ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     n = ids.shape[1]
     assert [tuple(step.shape) for step in seen["layers.1"]] == [(1, n, WIDTH)] + [(1, 1, WIDTH)] * 3
     assert seen["layers.1.mlp.hidden"][0].shape[-1] == HIDDEN

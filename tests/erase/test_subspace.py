@@ -324,9 +324,7 @@ def test_a_rank_above_the_datas_is_refused():
 
 def test_a_rank_above_the_methods_is_refused():
     X, y = two_classes()
-    with pytest.raises(
-        ValueError, match=r"rank=2 is above the data's: .*'leace' finds 1 direction"
-    ):
+    with pytest.raises(ValueError, match=r"rank=2 is above .*'leace' finds 1 direction"):
         SubspaceEraser("leace", rank=2).fit(X, y)
 
 
