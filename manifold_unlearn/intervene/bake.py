@@ -123,6 +123,8 @@ def bake(model: nn.Module, site_maps: Mapping[str, AffineSiteMap]) -> Any:
         else:
             linear = _linear_at(edited, name)
             assert linear is not None
+            if linear.module is _output_embeddings(edited):
+                _untie(edited)
             _bake_linear(linear, matrix, bias)
     for path, weight in edited.named_parameters():
         require_finite(weight.detach(), f"the baked weight {path}")
@@ -188,13 +190,22 @@ def _bake_linear(linear: _Linear, matrix: Tensor, bias: Tensor) -> None:
             module.bias.copy_(new_bias)
 
 
-def _bake_embedding(decoder: Decoder, model: Any, matrix: Tensor, bias: Tensor) -> None:
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    first = decoder.tables[0]
-    if output is not None and output.weight is first.weight:
+def _output_embeddings(model: Any) -> Any:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def _untie(model: Any) -> None:
+    """Give the output embeddings a matrix of their own, if they share the token table."""
+    output = _output_embeddings(model)
+    if output is not None and output.weight is model.get_input_embeddings().weight:
         output.weight = nn.Parameter(output.weight.detach().clone())
         for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
             config.tie_word_embeddings = False
+
+
+def _bake_embedding(decoder: Decoder, model: Any, matrix: Tensor, bias: Tensor) -> None:
+    _untie(model)
+    first = decoder.tables[0]
     scale = float(getattr(first, "embed_scale", 1.0))
     with torch.no_grad():
         for table in decoder.tables:
