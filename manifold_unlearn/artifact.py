@@ -102,8 +102,11 @@ def save(
         )
     with replacing(directory) as staged:
         staged.mkdir()
-        plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        save_file(plain, staged / _TENSORS)
+        apart = {  # copies, for safetensors takes no two names of one memory
+            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, value in tensors.items()
+        }
+        save_file(apart, staged / _TENSORS)
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "kind": kind,

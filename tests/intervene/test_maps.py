@@ -94,6 +94,13 @@ def test_an_edit_saves_and_loads_with_its_sites_in_order(tmp_path):
         assert torch.equal(again[site].bias_, edit[site].bias_)
 
 
+def test_an_edit_with_one_map_at_two_sites_saves(tmp_path):
+    fitted = low_rank()
+    Edit({"layers.0": fitted, "layers.1": fitted}).save(tmp_path / "edit")
+    again = Edit.load(tmp_path / "edit")
+    assert torch.equal(again["layers.0"].read, again["layers.1"].read)
+
+
 def test_a_map_is_not_loaded_as_an_edit(tmp_path):
     low_rank().save(tmp_path / "map")
     with pytest.raises(ValueError, match="holds a AffineMap, not a Edit"):
