@@ -112,19 +112,9 @@ def validate(
     estimator: BaseEstimator, X: Any, *, reset: bool, device: Device = "auto", min_samples: int = 1
 ) -> Tensor:
     """:func:`as_rows` for an estimator: also records (``reset``) or checks ``n_features_in_``."""
-    if isinstance(X, Tensor):
-        _check_tensor(X, "X", min_samples)
-        validate_data(estimator, X, reset=reset, skip_check_array=True)
-    else:
-        X = validate_data(
-            estimator,
-            X,
-            reset=reset,
-            dtype=[np.float64, np.float32, np.float16],
-            ensure_all_finite=True,
-            ensure_min_samples=min_samples,
-        )
-    return as_rows(X, device=device, min_samples=min_samples)
+    rows = as_rows(X, device=device, min_samples=min_samples)
+    validate_data(estimator, X, reset=reset, skip_check_array=True)
+    return rows
 
 
 def forget_mask(y: Any, n_samples: int) -> Tensor:
@@ -191,7 +181,7 @@ def restore(result: Tensor, like: Any) -> Any:
     array = result.detach().cpu().numpy()
     kind = getattr(like, "dtype", None)
     if kind in (np.float16, np.float32, np.float64) and np.issubdtype(array.dtype, np.floating):
-        return array.astype(kind, copy=False)  # type: ignore[arg-type]
+        return array.astype(kind, copy=False)
     return array
 
 

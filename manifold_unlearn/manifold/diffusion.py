@@ -4,52 +4,32 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, cast
+from typing import Any, Literal, Self, cast
 
 import numpy as np
-import scipy.sparse
 import torch
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from manifold_unlearn import artifact
-from manifold_unlearn.arrays import Array, Device, as_rows, generator, restore, row_blocks, validate
-from manifold_unlearn.manifold.kernels import (
-    FAR_CUTOFF,
-    Bandwidth,
-    KernelGraph,
-    bandwidth_function,
-    density_normalized,
-    fit_support,
-    kernel_graph,
-    pair_histogram,
-    scaled_block,
-    support_radius,
-    tune_bandwidth,
-    two_sided,
-)
+from manifold_unlearn.arrays import Array, Device, as_rows, restore, validate
+from manifold_unlearn.manifold.kernels import FAR_CUTOFF
+from manifold_unlearn.manifold.landmarks import choose_landmarks, farthest_points
 from manifold_unlearn.manifold.lift import lift
-from manifold_unlearn.manifold.neighbors import (
-    NeighborMethod,
-    center_of,
-    check_method,
-    nearest_neighbors,
+from manifold_unlearn.manifold.markov import (
+    KernelOperator,
+    Spectrum,
+    gaussian_operator,
+    pydiffmap_operator,
+    spectrum,
 )
-from manifold_unlearn.manifold.spectral import markov_eigenpairs
+from manifold_unlearn.manifold.neighbors import NeighborMethod, center_of, check_method
+from manifold_unlearn.manifold.nystrom import FittedOperator, extend
+
+__all__ = ["DiffusionMap", "farthest_points"]
 
 _CHEAP = 1e10  # multiplications up to which distances are double precision, else single
-_NEAR = 8  # neighbors that the variable bandwidth is made from
-_LEAST_EIGENVALUE = 1e-8  # below, an eigenfunction is rounding
-
-
-class _Operator(NamedTuple):
-    """Everything of a fitted kernel that the spectrum and the extension need."""
-
-    graph: KernelGraph
-    tuned: Bandwidth
-    scale: Tensor | None
-    alpha: float
 
 
 class DiffusionMap(TransformerMixin, BaseEstimator):
@@ -185,7 +165,7 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
         """
         self._check_parameters()
         rows = validate(self, X, reset=True, device=self.device)
-        at = self._choose_landmarks(rows)
+        at = choose_landmarks(rows, self.n_landmarks, self.random_state)
         landmarks = rows[at]
         n_samples = len(landmarks)
         if n_samples < self.n_components + 2:
@@ -198,17 +178,28 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
         landmarks = landmarks.double() if cheap else landmarks.float()
         center = center_of(landmarks)
         centered = landmarks - center
-        make = self._pydiffmap_operator if self.backend == "pydiffmap" else self._operator
-        operator = make(centered, n_neighbors)
-        self._solve(operator, n_samples, landmarks.device)
-        self.bandwidth_ = operator.tuned.bandwidth
-        self.intrinsic_dimension_ = operator.tuned.intrinsic_dimension
-        self._keep(X, at, landmarks, center, operator, n_neighbors)
+        bandwidth = None if isinstance(self.bandwidth, str) else float(self.bandwidth)
+        if self.backend == "pydiffmap":
+            operator = pydiffmap_operator(
+                centered, n_neighbors=n_neighbors, bandwidth=bandwidth, alpha=self.alpha
+            )
+        else:
+            operator = gaussian_operator(
+                centered,
+                n_neighbors=n_neighbors,
+                bandwidth=bandwidth,
+                alpha=self.alpha,
+                variable_bandwidth=self.variable_bandwidth,
+            )
+        found = spectrum(operator, self.n_components, landmarks.device)
+        self._warn_of_parts(found.component)
+        self._keep(X, at, landmarks, center, operator, found, n_neighbors)
+        eigenfunctions = torch.as_tensor(found.eigenfunctions, device=rows.device)
         if len(at) < len(rows):
             full = self._extend(rows)
-            full[at] = torch.as_tensor(self._vectors(), dtype=full.dtype, device=full.device)
+            full[at] = eigenfunctions
         else:
-            full = torch.as_tensor(self._vectors(), device=rows.device)
+            full = eigenfunctions
         self.embedding_ = restore(full * self._time_scale(full), X)
         return self
 
@@ -271,8 +262,8 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
                 f"X has {queries.shape[1]} columns, the embedding has {len(self.eigenvalues_)}. "
                 "Give coordinates as transform returns them."
             )
-        points = self._tensor(self._vectors(), queries.device)
-        values = self._tensor(self.landmarks_, queries.device)
+        points = torch.as_tensor(self.eigenfunctions_, device=queries.device)
+        values = torch.as_tensor(self.landmarks_, device=queries.device)
         queries = queries.double() / self._time_scale(points)
         lifted = lift(points, values, queries, n_neighbors=self.n_neighbors_)
         if bool(lifted.far.any()):
@@ -327,6 +318,11 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
         check_method(self.neighbors)
         if self.backend not in ("torch", "pydiffmap"):
             raise ValueError(f"backend={self.backend!r} is not known. Use 'torch' or 'pydiffmap'.")
+        if self.backend == "pydiffmap" and self.variable_bandwidth:
+            raise ValueError(
+                "variable_bandwidth=True is not available with backend='pydiffmap'. "
+                "Use backend='torch'."
+            )
         if self.n_components < 1:
             raise ValueError(f"n_components={self.n_components} must be at least 1.")
         if self.n_neighbors < 1:
@@ -354,119 +350,9 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
         )
         return n_samples - 1
 
-    def _choose_landmarks(self, rows: Tensor) -> Tensor:
-        n_samples = len(rows)
-        if self.n_landmarks is None or self.n_landmarks >= n_samples:
-            return torch.arange(n_samples, device=rows.device)
-        if self.random_state is not None:
-            order = torch.randperm(n_samples, generator=generator(self.random_state))
-            return order[: self.n_landmarks].sort().values.to(rows.device)
-        return farthest_points(rows, self.n_landmarks)
-
-    def _operator(self, centered: Tensor, n_neighbors: int) -> _Operator:
-        given = None if isinstance(self.bandwidth, str) else float(self.bandwidth)
-        histogram = pair_histogram(centered)
-        tuned = tune_bandwidth(histogram, n_neighbors=n_neighbors, bandwidth=given)
-        scale, alpha = None, self.alpha
-        if self.variable_bandwidth:
-            dimension = tuned.intrinsic_dimension
-            near = nearest_neighbors(centered, min(_NEAR, len(centered) - 1)).squared_distances
-            near = torch.nn.functional.pad(near, (1, 0))  # a row is its own nearest neighbor
-            scale, self.typical_scale_ = self._bandwidth_function(near, dimension)
-            histogram = pair_histogram(centered, scale)
-            tuned = tune_bandwidth(histogram, n_neighbors=n_neighbors, bandwidth=given)
-            tuned = tuned._replace(intrinsic_dimension=dimension)
-            # the drift that alpha leaves with rho = q**beta, beta = -1 / (d + 2), is that of
-            # alpha + 1/2 without: 2 - 2 alpha + (d + 2) beta (Berry and Harlim 2016)
-            alpha = self.alpha - 0.5
-        tuned = fit_support(histogram, tuned, n_samples=len(centered), n_neighbors=n_neighbors)
-        graph = kernel_graph(centered, tuned, n_neighbors=n_neighbors, scale=scale)
-        return _Operator(graph, tuned, scale, alpha)
-
-    def _bandwidth_function(
-        self, squared_distances: Tensor, dimension: float, typical: float | None = None
-    ) -> tuple[Tensor, float]:
-        """``rho`` in units of its typical value, within 1/30 to 30; and that value."""
-        rho = bandwidth_function(squared_distances, dimension)
-        if typical is None:
-            positive = rho[rho > 0]
-            typical = float(positive.median()) if len(positive) else 1.0
-        return (rho / typical).clamp(1 / 30, 30), typical
-
-    def _pydiffmap_operator(self, centered: Tensor, n_neighbors: int) -> _Operator:
-        try:
-            from pydiffmap.diffusion_map import DiffusionMap as PyDiffusionMap
-        except ImportError as error:
-            raise ImportError(
-                "backend='pydiffmap' needs pydiffmap: pip install pydiffmap, or backend='torch'."
-            ) from error
-        if self.variable_bandwidth:
-            raise ValueError(
-                "variable_bandwidth=True is not available with backend='pydiffmap'. "
-                "Use backend='torch'."
-            )
-        # its grid of bandwidths is 2**-40 to 2**40: a power of 2 brings any data there
-        unit = 2.0 ** round(float(torch.log2(centered.square().sum(1).median().sqrt())))
-        epsilon = self.bandwidth if isinstance(self.bandwidth, str) else self.bandwidth / unit**2
-        model = PyDiffusionMap.from_sklearn(
-            alpha=self.alpha, k=n_neighbors, epsilon=epsilon, n_evecs=self.n_components
-        )
-        model.construct_Lmat((centered / unit).cpu().numpy())
-        kernel = model.local_kernel
-        reach = kernel.neigh.kneighbors(kernel.data)[0][:, -1]  # its k counts the row itself
-        support = torch.from_numpy((reach * unit) ** 2).to(centered) * (1 + 1e-6)
-        dimension = kernel.d
-        if dimension is None:
-            histogram = pair_histogram(centered)
-            dimension = tune_bandwidth(histogram, n_neighbors=n_neighbors).intrinsic_dimension
-        bandwidth = float(model.epsilon_fitted) * unit**2
-        tuned = Bandwidth(bandwidth, float(dimension), (bandwidth, bandwidth), 0.0, 0.0)
-        matrix = scipy.sparse.csr_matrix(model.kernel_matrix)
-        return _Operator(KernelGraph(matrix, support), tuned, None, self.alpha)
-
-    def _solve(self, operator: _Operator, n_samples: int, device: torch.device) -> None:
-        """Set the spectrum, in float64 numpy, and what depends on it alone."""
-        tuned = operator.tuned
-        rho = None if operator.scale is None else operator.scale.double().cpu().numpy()
-        normalized, q = density_normalized(
-            operator.graph.matrix, operator.alpha, rho, tuned.intrinsic_dimension
-        )
-        degrees = np.asarray(normalized.sum(axis=1)).ravel()
-        # the generator is (P - 1) / (eps rho^2); its lazy chain 1 + tau (P - 1) / rho^2 is Markov
-        squared = np.ones(n_samples) if rho is None else rho**2
-        tau = squared.min()
-        factor = np.sqrt(tau / (degrees * squared))
-        symmetric = two_sided(normalized, factor, factor)
-        if rho is not None:
-            symmetric.setdiag(symmetric.diagonal() + 1 - tau / squared)
-        root = np.sqrt(degrees * squared)
-        pairs = markov_eigenpairs(symmetric, root / root.max(), self.n_components, device)
-        self.eigenfunctions_ = pairs.eigenvectors
-        rates = (1 - pairs.eigenvalues) / tau  # of the generator times eps
-        eigenvalues = pairs.eigenvalues if rho is None else np.exp(-rates)
-        eigenvalues = np.minimum(eigenvalues, 1.0)
-        usable = int((1 - rates >= _LEAST_EIGENVALUE).sum())
-        if usable < self.n_components:
-            raise ValueError(
-                f"n_components={self.n_components} is more than the data carry: {usable} "
-                f"eigenvalues stand out of rounding at bandwidth={tuned.bandwidth:.4g}. "
-                "Lower n_components or the bandwidth, or add distinct data."
-            )
-        self.eigenvalues_ = eigenvalues
-        self.generator_eigenvalues_ = np.maximum(-np.log(eigenvalues), 0.0) / tuned.bandwidth
-        self.rates_ = rates
-        self.kernel_sums_ = q
-        volume = np.log(n_samples) + tuned.intrinsic_dimension / 2 * np.log(
-            4 * np.pi * tuned.bandwidth
-        )
-        self.density_ = np.exp(np.clip(np.log(q) - volume, -700, 700))
-        stationary = root**2 / (root**2).sum()
-        mean = stationary @ self.eigenfunctions_
-        self.stationary_deviation_ = np.sqrt(stationary @ (self.eigenfunctions_ - mean) ** 2)
-        self.component_ = pairs.component
-        self.n_components_connected_ = int(pairs.component.max()) + 1
-        if self.n_components_connected_ > 1:
-            sizes = np.bincount(pairs.component)
+    def _warn_of_parts(self, component: np.ndarray) -> None:
+        sizes = np.bincount(component)
+        if len(sizes) > 1:
             warnings.warn(
                 f"the graph falls into {len(sizes)} parts (the largest hold "
                 f"{', '.join(map(str, sizes[:5]))} rows): the eigenvalue 1 is repeated and the "
@@ -483,15 +369,23 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
         at: Tensor,
         landmarks: Tensor,
         center: Tensor,
-        operator: _Operator,
+        operator: KernelOperator,
+        found: Spectrum,
         n_neighbors: int,
     ) -> None:
-        """Set what the extension needs, and give arrays the kind of ``X``."""
+        """Set the fitted attributes but ``embedding_``; arrays become of the kind of ``X``."""
         self.landmark_indices_, self.landmarks_, self.center_ = at, landmarks, center
         self.squared_support_ = operator.graph.squared_support
-        self.scale_, self.alpha_ = operator.scale, float(operator.alpha)
+        self.alpha_, self.scale_ = float(operator.alpha), operator.scale
+        if operator.scale is not None:
+            self.typical_scale_ = operator.typical_scale
+        self.bandwidth_ = operator.tuned.bandwidth
+        self.intrinsic_dimension_ = operator.tuned.intrinsic_dimension
         self.cutoff_, self.n_neighbors_ = operator.tuned.cutoff, n_neighbors
         self.far_cutoff_ = FAR_CUTOFF if self.backend == "torch" else 1e30
+        self.n_components_connected_ = int(found.component.max()) + 1
+        for name, values in found._asdict().items():
+            setattr(self, f"{name}_", values)
         for name, value in vars(self).items():
             if not name.endswith("_") or not isinstance(value, np.ndarray | Tensor):
                 continue
@@ -503,12 +397,6 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
 
     # extension
 
-    def _tensor(self, values: Any, device: torch.device) -> Tensor:
-        return torch.as_tensor(values, device=device)
-
-    def _vectors(self) -> Any:
-        return self.eigenfunctions_
-
     def _time_scale(self, like: Tensor) -> Tensor:
         eigenvalues = torch.as_tensor(self.eigenvalues_, dtype=torch.float64, device=like.device)
         return eigenvalues**self.diffusion_time
@@ -516,84 +404,45 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
     def _spectral_coordinates(self, X: Array | None, time: float) -> Tensor:
         """Eigenfunctions of unit stationary variance times their eigenvalues to the ``time``."""
         if X is None and self.n_landmarks is None:
-            functions = torch.as_tensor(self._vectors())
+            functions = torch.as_tensor(self.eigenfunctions_)
         elif X is None:
             functions = torch.as_tensor(self.embedding_).double()
             functions = functions / self._time_scale(functions)
         else:
             functions = self._extend(validate(self, X, reset=False, device=self.device))
-        deviation = self._tensor(self.stationary_deviation_, functions.device)
-        eigenvalues = self._tensor(self.eigenvalues_, functions.device)
+        deviation = torch.as_tensor(self.stationary_deviation_, device=functions.device)
+        eigenvalues = torch.as_tensor(self.eigenvalues_, device=functions.device)
         return functions * (eigenvalues**time / deviation)
 
     def _extend(self, rows: Tensor) -> Tensor:
         """Eigenfunctions at ``rows``, float64."""
-        device = rows.device
-        landmarks, center, support, functions, q, rates = (
-            self._tensor(value, device)
-            for value in (
-                self.landmarks_,
-                self.center_,
-                self.squared_support_,
-                self.eigenfunctions_,
-                self.kernel_sums_,
-                self.rates_,
-            )
+
+        def tensor(values: Any) -> Tensor:
+            return torch.as_tensor(values, device=rows.device)
+
+        variable = self.scale_ is not None
+        fitted = FittedOperator(
+            landmarks=tensor(self.landmarks_),
+            center=tensor(self.center_),
+            squared_support=tensor(self.squared_support_),
+            kernel_sums=tensor(self.kernel_sums_),
+            eigenfunctions=tensor(self.eigenfunctions_),
+            rates=tensor(self.rates_),
+            scale=tensor(self.scale_) if variable else None,
+            typical_scale=self.typical_scale_ if variable else 1.0,
+            intrinsic_dimension=self.intrinsic_dimension_,
+            bandwidth=self.bandwidth_,
+            alpha=self.alpha_,
+            cutoff=self.cutoff_,
+            far_cutoff=self.far_cutoff_,
+            n_neighbors=self.n_neighbors_,
         )
-        scale = None if self.scale_ is None else self._tensor(self.scale_, device)
-        landmarks = landmarks - center
-        squared = landmarks.square().sum(1)
-        width = 4 * self.bandwidth_
-        weighted = q**-self.alpha_
-        result = torch.empty(len(rows), functions.shape[1], dtype=torch.float64, device=device)
-        n_far = 0
-        for part in row_blocks(len(rows), max(1, 2**22 // len(landmarks))):
-            queries = rows[part].to(landmarks.dtype) - center
-            block = scaled_block(queries, landmarks, queries.square().sum(1), squared)
-            own = torch.ones(len(queries), dtype=block.dtype, device=device)
-            if scale is not None:
-                k = min(_NEAR + 1, len(landmarks))
-                near = block.topk(k, dim=1, largest=False, sorted=False).values
-                own, _ = self._bandwidth_function(
-                    near, self.intrinsic_dimension_, self.typical_scale_
-                )
-                block = block / (own[:, None] * scale[None, :])
-            nearest = block.amin(1, keepdim=True)
-            reach = support_radius(
-                block, self.n_neighbors_, width * self.cutoff_, width * self.far_cutoff_
-            )
-            n_far += int((nearest > width * self.far_cutoff_).sum())
-            keep = block <= torch.maximum(reach[:, None], support[None, :])
-            keep |= block <= nearest + width * self.cutoff_
-            kernel = torch.where(keep, torch.exp((nearest - block).double() / width), 0.0)
-            kernel *= weighted
-            kernel /= kernel.sum(1, keepdim=True)
-            shrink = 1 - rates * own[:, None].double() ** 2
-            shrink = torch.where(shrink.abs() < _LEAST_EIGENVALUE, _LEAST_EIGENVALUE, shrink)
-            result[part] = kernel @ functions / shrink
-        if n_far:
+        extended = extend(rows, fitted)
+        if extended.n_far:
             warnings.warn(
-                f"{n_far} of {len(rows)} rows lie beyond the kernel's reach and are placed by "
-                "their nearest neighbors. Fit on data that cover them.",
+                f"{extended.n_far} of {len(rows)} rows lie beyond the kernel's reach and are "
+                "placed by their nearest neighbors. Fit on data that cover them.",
                 UserWarning,
                 stacklevel=3,
             )
-        return result
-
-
-def farthest_points(X: Tensor, n_points: int) -> Tensor:
-    """Indices, ascending, of rows each farthest from those before; the first is the most central.
-
-    Deterministic; ``O(n_samples * n_features)`` a point.
-    """
-    X = X - center_of(X)
-    squared = X.square().sum(1)
-    chosen = torch.empty(n_points, dtype=torch.int64, device=X.device)
-    reach = torch.full((len(X),), float("inf"), dtype=X.dtype, device=X.device)
-    at = squared.argmin()
-    for position in range(n_points):
-        chosen[position] = at
-        reach = torch.minimum(reach, squared - 2 * (X @ X[at]) + squared[at])
-        reach[at] = -1.0
-        at = reach.argmax()
-    return chosen.sort().values
+        return extended.eigenfunctions

@@ -24,6 +24,9 @@ CUTOFF = 7.0
 FAR_CUTOFF = 18.4
 """Widest support, weight 1e-8: two rows farther apart are not connected."""
 
+NEAR = 8
+"""Neighbors that the variable bandwidth is made from."""
+
 _SAMPLED_PAIRS = 2**22
 _BIN_BITS = 4  # of the mantissa: 16 bins an octave
 _GRID_PER_OCTAVE = 4
@@ -301,6 +304,20 @@ def bandwidth_function(squared_distances: Tensor, intrinsic_dimension: float) ->
     """
     exponent = intrinsic_dimension / (intrinsic_dimension + 2)
     return squared_distances.mean(1).sqrt().pow(exponent)
+
+
+def relative_bandwidth_function(
+    squared_distances: Tensor, intrinsic_dimension: float, typical: float | None = None
+) -> tuple[Tensor, float]:
+    """:func:`bandwidth_function` over its ``typical`` value, within 1/30 to 30; and that value.
+
+    Default of ``typical``: the median of the positive values.
+    """
+    rho = bandwidth_function(squared_distances, intrinsic_dimension)
+    if typical is None:
+        positive = rho[rho > 0]
+        typical = float(positive.median()) if len(positive) else 1.0
+    return (rho / typical).clamp(1 / 30, 30), typical
 
 
 def kernel_graph(
