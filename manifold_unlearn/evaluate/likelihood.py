@@ -102,6 +102,8 @@ def _by_prompt(
     """Distinct prompts, and for each its answers with their index among the pairs."""
     shared: dict[tuple[int, ...], list[tuple[int, Tensor]]] = defaultdict(list)
     for i, row in enumerate(rows):
+        if not bool(row.answer.any()):
+            raise ValueError(f"pair {i} has no answer; give one, or score texts.")
         start = int(row.answer.int().argmax())
         if start == 0:
             raise ValueError(f"pair {i} has no prompt tokens before its answer; give a prompt.")
@@ -166,23 +168,41 @@ def greedy_answers(
     max_new_tokens: int = 32,
     batch_size: BatchSize = "auto",
 ) -> list[str]:
-    """Greedy continuation of each prompt, decoded without special tokens."""
+    """Greedy continuation of each prompt, decoded without special tokens.
+
+    It ends where the model's context does, if that comes before ``max_new_tokens``.
+    """
     texts = [""] * len(prompts)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with subject() as model, torch.no_grad(), evaluating(model):
-        rows = encode(tokenizer, list(prompts), context=context_length(model))
-        made = batches(rows, batch_size=batch_size, padding_side="left", pad_id=pad or 0)
-        for batch in tqdm(made, desc="greedy answers", unit="batch", disable=None, leave=False):
+        context = context_length(model)
+        rows = encode(tokenizer, list(prompts), context=context)
+        by_room: dict[int, list[int]] = defaultdict(list)
+        for i, row in enumerate(rows):
+            room = max_new_tokens if context is None else context - len(row) + 1
+            by_room[min(room, max_new_tokens)].append(i)
+        made = [
+            (room, [index[r] for r in batch.index.tolist()], batch)
+            for room, index in by_room.items()
+            for batch in batches(
+                [rows[i] for i in index],
+                batch_size=batch_size,
+                padding_side="left",
+                pad_id=pad or 0,
+            )
+        ]
+        progress = tqdm(made, desc="greedy answers", unit="batch", disable=None, leave=False)
+        for room, index, batch in progress:
             new = model.generate(
                 input_ids=batch.input_ids.to(model.device),
                 attention_mask=batch.attention_mask.to(model.device),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=room,
                 do_sample=False,
                 num_beams=1,
                 pad_token_id=pad,
             )[:, batch.input_ids.shape[1] :]
             decoded = tokenizer.batch_decode(new, skip_special_tokens=True)
-            for i, text in zip(batch.index.tolist(), decoded, strict=True):
+            for i, text in zip(index, decoded, strict=True):
                 texts[i] = text
     return texts
 
