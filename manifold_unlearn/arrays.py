@@ -158,6 +158,8 @@ def row_weights(sample_weight: Any, X: Tensor, forget: Tensor) -> Tensor:
     """
     if sample_weight is None:
         return torch.ones(X.shape[0], dtype=torch.float64, device=X.device)
+    if not isinstance(sample_weight, Tensor):
+        sample_weight = np.asarray(sample_weight, dtype=np.float64)
     weight = torch.as_tensor(sample_weight).detach().to(X.device, torch.float64)
     if weight.shape != (X.shape[0],):
         raise ValueError(
@@ -166,7 +168,9 @@ def row_weights(sample_weight: Any, X: Tensor, forget: Tensor) -> Tensor:
     if not bool(torch.isfinite(weight).all()) or bool((weight < 0).any()):
         raise ValueError("sample_weight must be finite and not negative.")
     if not (bool(weight[forget].sum() > 0) and bool(weight[~forget].sum() > 0)):
-        raise ValueError("sample_weight leaves the forget or the retain side without weight.")
+        raise ValueError(
+            "sample_weight leaves the forget or the retain side without weight: all zero there."
+        )
     return weight
 
 
