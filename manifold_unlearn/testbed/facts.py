@@ -71,12 +71,13 @@ def split_by_topic(topic: str, facts: Sequence[Fact] | None = None) -> Split:
     Raises
     ------
     ValueError
-        No such topic (lists them).
+        No such topic among the facts (lists theirs).
     """
     facts = load_facts() if facts is None else facts
     families = {fact.family for fact in facts if fact.topic == topic}
     if not families:
-        raise ValueError(f"no topic {topic!r}; there are {', '.join(topics())}.")
+        there = dict.fromkeys(fact.topic for fact in facts)
+        raise ValueError(f"no topic {topic!r}; there are {', '.join(there)}.")
     return Split(
         forget=tuple(f for f in facts if f.topic == topic),
         near=tuple(f for f in facts if f.topic != topic and f.family in families),
