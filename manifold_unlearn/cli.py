@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from manifold_unlearn import __version__
+from manifold_unlearn.activations.corpus import Item, read_items
 from manifold_unlearn.pipeline import SubspaceRecipe, UnlearnMethod
 
 
@@ -31,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except (ValueError, OSError, ImportError) as error:
-        print(f"manifold-unlearn {options.command}: {error}", file=sys.stderr)
+        print(
+            f"manifold-unlearn {options.command}: {' '.join(str(error).split())}", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         print(f"manifold-unlearn {options.command}: stopped", file=sys.stderr)
@@ -45,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="forget one topic of plain facts and report it")
-    demo.add_argument("--topic", default="chemical-symbols", help="see --list-topics")
+    demo.add_argument("--topic", default="book-authors", help="see --list-topics")
     demo.add_argument("--list-topics", action="store_true", help="list the topics and stop")
     demo.add_argument("--model", default="smollm2-135m", help="id, directory, .gguf or short name")
     demo.add_argument("--bake", action="store_true", help="edit and save the weights")
@@ -126,6 +129,14 @@ def _template(options: argparse.Namespace) -> str:
     return options.template.replace("\\n", "\n")
 
 
+def _sets(options: argparse.Namespace) -> dict[str, list[Item]]:
+    """Both sets with the template applied."""
+    return {
+        name: read_items(getattr(options, name), template=_template(options), name=name)
+        for name in ("forget", "retain")
+    }
+
+
 def _include_eos(options: argparse.Namespace) -> bool:
     return options.template != "{question}" if options.eos is None else options.eos
 
@@ -166,10 +177,9 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
 def _capture(options: argparse.Namespace) -> None:
     from manifold_unlearn.activations.capture import capture
-    from manifold_unlearn.activations.corpus import read_items
     from manifold_unlearn.activations.models import load_model
 
-    items = read_items(options.texts, template=options.template.replace("\\n", "\n"))
+    items = read_items(options.texts, template=_template(options))
     model, tokenizer = load_model(options.model)
     texts = [item.pair if item.answer else item.question for item in items]
     acts = capture(model, tokenizer, texts, options.sites, tokens=options.tokens)
@@ -178,22 +188,20 @@ def _capture(options: argparse.Namespace) -> None:
 
 
 def _unlearn(options: argparse.Namespace) -> None:
-    from manifold_unlearn.activations.corpus import read_items
     from manifold_unlearn.activations.models import load_model
     from manifold_unlearn.pipeline import unlearn
     from manifold_unlearn.report import Report, before_after_bars
 
+    sets = _sets(options)
     neutral = [item.question for item in read_items(options.neutral)] if options.neutral else ()
     model, tokenizer = load_model(options.model)
     result = unlearn(
         model,
         tokenizer,
-        options.forget,
-        options.retain,
+        **sets,
         method=options.method,
         recipe=_recipe(options),
         bake=options.bake,
-        template=_template(options),
         include_eos=_include_eos(options),
         neutral=neutral,
         generate=not options.no_generate,
@@ -221,15 +229,11 @@ def _unlearn(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from manifold_unlearn.activations.corpus import read_items
     from manifold_unlearn.activations.models import load_model
     from manifold_unlearn.artifact import write_json
     from manifold_unlearn.evaluate import assess, model_report, plain
 
-    sets = {
-        name: read_items(getattr(options, name), template=_template(options), name=name)
-        for name in ("forget", "retain")
-    }
+    sets = _sets(options)
     measured: dict[str, dict[str, Any]] = {}
     for part in ("reference", "model"):
         if (name := getattr(options, part)) is None:

@@ -25,6 +25,7 @@ from manifold_unlearn.evaluate.results import Change
 from manifold_unlearn.evaluate.separability import separability_by_position
 from manifold_unlearn.evaluate.suites import assess
 from manifold_unlearn.manifold.diffusion import DiffusionMap
+from manifold_unlearn.manifold.neighbors import nearest_neighbors
 from manifold_unlearn.pipeline import SubspaceRecipe, UnlearnResult, unlearn
 from manifold_unlearn.report import (
     EmbeddingPanel,
@@ -62,7 +63,7 @@ Say = Callable[[str], None]
 class DemoConfig:
     """What the demonstration does."""
 
-    topic: str = "chemical-symbols"
+    topic: str = "book-authors"
     """Topic to forget; see ``manifold_unlearn.testbed.facts.topics()``."""
     model: str = "smollm2-135m"
     """Anything :func:`load_model` takes."""
@@ -126,7 +127,7 @@ def run_demo(
         neutral=neutral_texts()[1::2],
     )
     say("drawing the layers")
-    pictures = _Pictures.of(model, tokenizer, sets, config.recipe)
+    pictures = _Pictures.of(model, tokenizer, sets)
     samples = sample_answers(plain(model), result.active, tokenizer, sets.test)
     metrics = {
         **result.metrics,
@@ -195,6 +196,7 @@ def demo_sets(split: Split, known: Sequence[Fact]) -> DemoSets:
         ],
         test={
             "forget": [fact.worded(TEST_WORDING) for fact in parts["forget"]],
+            "forget, fitted wording": [fact.worded(0) for fact in parts["forget"]],
             "near": [fact.worded(TEST_WORDING) for fact in unseen_near],
             "retain": [fact.worded(TEST_WORDING) for fact in unseen_retain],
         },
@@ -226,7 +228,7 @@ def sample_answers(
     tokenizer: Any,
     test: Mapping[str, Sequence[Item]],
     *,
-    n_each: int = 6,
+    n_each: int = 4,
 ) -> list[dict[str, str]]:
     """Greedy answers to a few prompts of each set, before and after."""
     chosen = [
@@ -258,7 +260,7 @@ class _Pictures:
     """(n_positions, n_layers): cross-validated AUC of forget against everything else"""
 
     @classmethod
-    def of(cls, model: Any, tokenizer: Any, sets: DemoSets, recipe: SubspaceRecipe) -> _Pictures:
+    def of(cls, model: Any, tokenizer: Any, sets: DemoSets) -> _Pictures:
         items = [*sets.fit_forget, *(i for i in sets.fit_retain if i.answer)]
         layers = list(range(len(find_decoder(model).blocks)))
         sites = [f"layers.{i}" for i in layers]
@@ -266,10 +268,12 @@ class _Pictures:
         from_end = _from_end(acts)
         is_forget = acts.text_index < len(sets.fit_forget)
         groups = _fact_index(items)[acts.text_index]
+        wordings = _wording_index(_fact_index(items))[acts.text_index]
         usable = ~acts.sink
         areas = [
             separability_by_position(
                 acts[site][usable], from_end[usable], is_forget[usable], groups[usable],
+                wordings[usable],
                 n_positions=N_POSITIONS,
             )
             for site in sites
@@ -289,9 +293,14 @@ class _Pictures:
 
 
 def _panel(site: str, rows: torch.Tensor, is_forget: torch.Tensor) -> EmbeddingPanel:
-    fitted = DiffusionMap(n_components=2, random_state=0).fit(rows.numpy())
-    note = f"dimension {fitted.intrinsic_dimension_:.1f}"
-    return EmbeddingPanel(site, fitted.embedding_, is_forget.numpy(), note)
+    """Diffusion map at the scale on which topics hang together, of directions rather than norms."""
+    points = torch.nn.functional.normalize(rows.float(), dim=1)
+    n = len(points)
+    eighth = nearest_neighbors(points, max(1, n // 8)).squared_distances[:, -1]
+    fitted = DiffusionMap(
+        n_components=2, n_neighbors=n // 2, bandwidth=float(eighth.median()) / 4, random_state=0
+    ).fit(points)
+    return EmbeddingPanel(site, fitted.embedding_.numpy(), is_forget.numpy())
 
 
 def _from_end(acts: Activations) -> torch.Tensor:
@@ -305,6 +314,16 @@ def _fact_index(items: Sequence[Item]) -> torch.Tensor:
     keys = [(item.topic, item.answer, item.perturbed_answer) for item in items]
     number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     return torch.tensor([number[key] for key in keys])
+
+
+def _wording_index(facts: torch.Tensor) -> torch.Tensor:
+    """Which of its fact's wordings each item is, in the order of the items."""
+    seen: dict[int, int] = {}
+    found = []
+    for fact in facts.tolist():
+        found.append(seen.get(fact, 0))
+        seen[fact] = found[-1] + 1
+    return torch.tensor(found)
 
 
 def _report(
@@ -344,13 +363,14 @@ def _report(
         separability_heatmap(
             pictures.areas, pictures.row_names, pictures.layers, row_label="Token of the prompt"
         ),
-        "How well a linear probe tells prompts of the topic from all others, on facts it was not "
-        "trained on, by layer of the residual stream and by token.",
+        "How well a linear probe tells prompts of the topic from all others, on facts and in a "
+        "wording that it was not trained on, by layer of the residual stream and by token.",
         alt="Heat map of the area under the ROC curve by layer and token position.",
     )
     report.figure(
         embedding_by_site(pictures.panels),
-        "Diffusion maps of the last prompt token, layer by layer, before the edit.",
+        "Diffusion maps of the last prompt token, layer by layer, before the edit: rows of unit "
+        "length, bandwidth at the distance within which an eighth of the prompts lie.",
         alt="Scatter plots of two diffusion coordinates, forget and retain, for nine layers.",
     )
     report.heading("What it says")

@@ -38,7 +38,7 @@ class SubspaceRecipe:
     before it leave, they forget several times less: docs/research/linear_erasure.md.)
     """
 
-    parts: tuple[str, ...] = ("attn",)
+    parts: tuple[str, ...] = ("attn", "mlp")
     """Parts of a block whose output is edited: ``attn``, ``mlp``, ``mlp.hidden``, or ``""`` for
     the stream behind the block."""
     first: float = 8 / 30

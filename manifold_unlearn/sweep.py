@@ -1,4 +1,8 @@
-"""Choose sites, method and rank on a validation split of the bundled facts."""
+"""Choose sites, method and rank on a validation split of the bundled facts.
+
+Fits see two wordings of every fact to forget and of half of the others. Trials are scored on a
+third wording, of the facts to forget and of the unseen half; the fourth is for the test alone.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from manifold_unlearn.activations.capture import capture
-from manifold_unlearn.activations.corpus import Item
 from manifold_unlearn.activations.models import load_model
 from manifold_unlearn.demo import PERPLEXITY_TARGET, TARGETS, demo_sets, known_facts
 from manifold_unlearn.evaluate.likelihood import Subject, answer_log_probabilities, plain
@@ -22,7 +25,6 @@ from manifold_unlearn.testbed.facts import (
     VALIDATION_WORDING,
     Fact,
     halves,
-    neutral_texts,
     split_by_topic,
 )
 
@@ -31,7 +33,7 @@ CANDIDATES = tuple(
     for parts, (first, last), (method, rank) in product(
         (("attn",), ("attn", "mlp")),
         ((8, 28), (12, 24), (16, 24)),
-        (("contrastive", 1), ("contrastive", 2), ("leace", 1)),
+        (("contrastive", 1), ("contrastive", 2), ("contrastive", 3), ("leace", 1)),
     )
 )
 """Recipes that the sweep tries; depths are given for 30 blocks."""
@@ -79,7 +81,7 @@ class TopicTrials:
     recipes : iterable of SubspaceRecipe
         Whose sites are captured.
     wording : int
-        Wording that the forget facts, and the fitted half of the others, are asked in.
+        Wording that the forget facts, and the half of the others that no fit sees, are asked in.
     """
 
     def __init__(
@@ -105,15 +107,13 @@ class TopicTrials:
         texts_or_pairs = [i.pair if i.answer else i.question for i in self.items]
         self.acts = capture(model, tokenizer, texts_or_pairs, sites)
         known_set = set(known)
-        self.asked: dict[str, list[Item]] = {
-            "forget": [f.worded(wording) for f in split.forget if f in known_set],
-            "near": [
-                f.worded(wording) for f in halves([f for f in split.near if f in known_set])[0]
-            ],
-            "retain": [
-                f.worded(wording) for f in halves([f for f in split.retain if f in known_set])[0]
-            ],
+        parts = {
+            name: [fact for fact in facts if fact in known_set]
+            for name, facts in (("near", split.near), ("retain", split.retain))
         }
+        asked = {"forget": [fact for fact in split.forget if fact in known_set]}
+        asked |= {name: halves(facts)[1] for name, facts in parts.items()}
+        self.asked = {n: [fact.worded(wording) for fact in facts] for n, facts in asked.items()}
         self.before = self._probabilities(plain(model))
         self.perplexity = assess_text(plain(model), tokenizer, self.held_out)["perplexity"]
 

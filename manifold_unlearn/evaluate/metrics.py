@@ -51,7 +51,7 @@ def truth_ratio(correct: float, wrong: Sequence[float]) -> float:
     """
     if len(wrong) == 0:
         raise ValueError("truth_ratio needs at least one perturbed_answer; got none.")
-    tiny = np.finfo(np.float64).tiny
+    tiny = float(np.finfo(np.float64).tiny)
     logs = np.log(np.maximum(wrong, tiny))
     return float(np.exp(np.clip(logs.mean() - np.log(max(correct, tiny)), -700, 700)))
 

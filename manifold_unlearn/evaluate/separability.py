@@ -10,7 +10,13 @@ from torch import Tensor
 
 
 def linear_separability(
-    X: Tensor, is_forget: Tensor, groups: Tensor, *, n_splits: int = 3, random_state: int = 0
+    X: Tensor,
+    is_forget: Tensor,
+    groups: Tensor,
+    wordings: Tensor | None = None,
+    *,
+    n_splits: int = 3,
+    random_state: int = 0,
 ) -> float:
     """Cross-validated area under the ROC curve of a shrunk linear discriminant.
 
@@ -20,6 +26,9 @@ def linear_separability(
     is_forget : bool Tensor of shape (n_samples,)
     groups : int Tensor of shape (n_samples,)
         Rows of one group (wordings of one fact) stay on one side of every split.
+    wordings : int Tensor of shape (n_samples,), optional
+        With it a probe is also tested only on wordings that it was not trained on: what it finds is
+        then the topic and not the template.
     n_splits : int, default=3
     random_state : int, default=0
 
@@ -29,15 +38,21 @@ def linear_separability(
         In [0, 1]; 0.5 is chance. NaN where a class has fewer groups than splits.
     """
     rows, labels, group = X.double().numpy(), is_forget.numpy(), groups.numpy()
+    wording = np.zeros(len(labels)) if wordings is None else wordings.numpy()
     if min(len(np.unique(group[labels])), len(np.unique(group[~labels]))) < n_splits:
         return float("nan")
     folds = StratifiedGroupKFold(n_splits, shuffle=True, random_state=random_state)
     areas = []
     for train, test in folds.split(rows, labels, group):
-        probe = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
-        scores = probe.fit(rows[train], labels[train]).decision_function(rows[test])
-        areas.append(roc_auc_score(labels[test], scores))
-    return float(np.mean(areas))
+        for seen in np.unique(wording):
+            fitted = train[wording[train] == seen]
+            asked = test if wordings is None else test[wording[test] != seen]
+            if len(np.unique(labels[fitted])) < 2 or len(np.unique(labels[asked])) < 2:
+                continue
+            probe = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
+            scores = probe.fit(rows[fitted], labels[fitted]).decision_function(rows[asked])
+            areas.append(roc_auc_score(labels[asked], scores))
+    return float(np.mean(areas)) if areas else float("nan")
 
 
 def separability_by_position(
@@ -45,6 +60,7 @@ def separability_by_position(
     from_end: Tensor,
     is_forget: Tensor,
     groups: Tensor,
+    wordings: Tensor | None = None,
     *,
     n_positions: int = 4,
 ) -> list[float]:
@@ -55,7 +71,7 @@ def separability_by_position(
     X : Tensor of shape (n_samples, n_features)
     from_end : int Tensor of shape (n_samples,)
         0 is the last token of a prompt; rows with a negative value are left out.
-    is_forget, groups
+    is_forget, groups, wordings
         As for :func:`linear_separability`.
     n_positions : int, default=4
 
@@ -67,5 +83,6 @@ def separability_by_position(
     found = []
     for position in range(n_positions):
         at = from_end == position
-        found.append(linear_separability(X[at], is_forget[at], groups[at]))
+        chosen = None if wordings is None else wordings[at]
+        found.append(linear_separability(X[at], is_forget[at], groups[at], chosen))
     return found

@@ -36,7 +36,7 @@ class Edit(Mapping[str, AffineMap]):
 
     @classmethod
     def load(cls, directory: str | Path) -> Edit:
-        """Read the edit that :meth:`save` wrote; raises as :func:`manifold_unlearn.artifact.load`."""
+        """Read the edit that :meth:`save` wrote; raises as :func:`~.artifact.load`."""
         tensors, config, _ = artifact.load(directory, kind="Edit")
         return cls(
             {

@@ -88,7 +88,7 @@ class AffineMap:
 
     @classmethod
     def load(cls, directory: str | Path) -> AffineMap:
-        """Read the map that :meth:`save` wrote; raises as :func:`manifold_unlearn.artifact.load`."""
+        """Read the map that :meth:`save` wrote; raises as :func:`~.artifact.load`."""
         tensors, _, _ = artifact.load(directory, kind="AffineMap")
         return cls(**tensors)
 
@@ -128,8 +128,8 @@ def affine_parts(site_map: SiteMap | AffineSiteMap, name: str) -> tuple[Tensor, 
     """
     if not (hasattr(site_map, "matrix_") and hasattr(site_map, "bias_")):
         raise ValueError(
-            f"the map at {name!r} is a {type(site_map).__name__} without matrix_ and bias_: only an "
-            "affine map bakes exactly. Fit it first, or keep it as a hook with intervene()."
+            f"the map at {name!r} is a {type(site_map).__name__} without matrix_ and bias_: only "
+            "an affine map bakes exactly. Fit it first, or keep it as a hook with intervene()."
         )
     matrix = torch.as_tensor(site_map.matrix_).detach().to("cpu", torch.float64)
     bias = torch.as_tensor(site_map.bias_).detach().to("cpu", torch.float64)
