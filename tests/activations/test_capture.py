@@ -3,7 +3,7 @@ import torch
 from cases import ARCHITECTURES, HIDDEN, TEXTS, WIDTH, build_model, build_tokenizer, hooks
 from torch import nn
 
-from manifold_unlearn.activations.capture import capture, recording
+from manifold_unlearn.activations.capture import Activations, capture, recording
 from manifold_unlearn.activations.sites import find_decoder, resolve_site, site_names
 
 PAIRS = [("The capital of France is", " Paris"), ("Water", " boils over")]
@@ -226,6 +226,24 @@ def test_sites_are_one_mapping(llama, tokenizer):
     assert len(acts) == 2
     assert "embed" in acts
     assert "layers.0" not in acts
+
+
+def test_activations_save_and_load(llama, tokenizer, tmp_path):
+    acts = capture(llama, tokenizer, PAIRS, ["layers.1", "embed"], sink_ratio=1.2)
+    acts.save(tmp_path / "acts")
+    again = Activations.load(tmp_path / "acts")
+    assert list(again) == ["layers.1", "embed"]
+    assert all(torch.equal(again[site], acts[site]) for site in acts)
+    for name in ("text_index", "position", "token_id", "special", "answer", "sink"):
+        saved = getattr(acts, name)
+        assert torch.equal(getattr(again, name), saved)
+        assert saved.any()
+
+
+def test_masks_that_choose_nothing_give_no_rows(llama, tokenizer):
+    acts = capture(llama, tokenizer, ["x", "x"], "layers.1", tokens=[[False, False]] * 2)
+    assert acts["layers.1"].shape == (0, WIDTH)
+    assert len(acts.tokens) == 0
 
 
 def test_recording_sees_the_prompt_then_each_generated_token(model, tokenizer):

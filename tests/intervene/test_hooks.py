@@ -274,10 +274,23 @@ def test_the_last_row_is_the_last_that_is_not_padding(llama, tokenizer, side):
     assert [row.nonzero().flatten().tolist() for row in zeroed] == [[end] for end in ends]
 
 
-def test_beams_repeat_the_mask_of_their_prompt(llama, tokenizer):
+def test_the_beams_of_a_prompt_share_its_mask(llama, tokenizer):
+    """Generation with beams runs every prompt several times, one after the other."""
+    ids = ids_of(tokenizer).repeat(4, 1)
+    mask = torch.zeros(2, ids.shape[1], dtype=torch.bool)
+    mask[0, 1] = mask[1, 5] = True
+    seen = []
+    with intervene(llama, {"layers.1": lambda h: torch.zeros_like(h)}, tokens=mask):
+        handle = llama.model.layers[1].register_forward_hook(lambda m, a, out: seen.append(out))
+        logits(llama, ids)
+        handle.remove()
+    zeroed = (seen[0] == 0).all(-1)
+    assert [row.nonzero().flatten().tolist() for row in zeroed] == [[1], [1], [5], [5]]
+
+
+def test_a_mask_serves_generation_with_beams(llama, tokenizer):
     ids, mask = padded(tokenizer, TEXTS[:2], "left")
-    chosen = mask.bool()
-    with intervene(llama, {"layers.1": low_rank()}, tokens=chosen):
+    with intervene(llama, {"layers.1": low_rank()}, tokens=mask.bool()):
         masked = generated(llama, ids, mask, num_beams=2)
     with intervene(llama, {"layers.1": low_rank()}, tokens="prompt"):
         prompt = generated(llama, ids, mask, num_beams=2)

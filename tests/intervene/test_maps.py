@@ -68,6 +68,18 @@ def test_rows_keep_their_dtype_and_half_precision_is_edited_in_float32(make, dty
     assert exact == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_change_of_half_precision_rows_is_computed_in_float32(dtype):
+    h = rows(200, 6).to(dtype)
+    dense = DenseAffineMap(rows(6, 6), rows(6)).to("cpu", dtype)
+    expected = (h.float() @ dense.matrix_.T + dense.bias_).to(dtype)
+    assert torch.equal(dense(h), expected)
+    assert not torch.equal(h @ dense.matrix_.T.to(dtype) + dense.bias_.to(dtype), expected)
+    thin = low_rank().to("cpu", dtype)
+    change = (h.float() @ thin.read - thin.offset) @ thin.write.T
+    assert torch.equal(thin(h), h - change.to(dtype))
+
+
 def test_rows_given_are_not_written_to():
     h = rows(3, 6)
     before = h.clone()
