@@ -167,7 +167,8 @@ def demo_sets(split: Split, known: Sequence[Fact]) -> DemoSets:
     Raises
     ------
     ValueError
-        Fewer than four facts of the topic, or none to retain, are known.
+        Fewer than four facts of the topic are known, or of the near neighbors or of the rest not
+        two of one topic: one to fit, one to test.
     """
     known_set = set(known)
     parts = {
@@ -178,13 +179,14 @@ def demo_sets(split: Split, known: Sequence[Fact]) -> DemoSets:
             ("retain", split.retain),
         )
     }
-    if len(parts["forget"]) < 4 or not parts["retain"] or not parts["near"]:
-        raise ValueError(
-            f"the model knows {len(parts['forget'])} facts of {split.forget[0].topic} and "
-            f"{len(parts['retain'])} others; at least 4 and 1 are needed. Choose another topic."
-        )
     seen_near, unseen_near = halves(parts["near"])
     seen_retain, unseen_retain = halves(parts["retain"])
+    if len(parts["forget"]) < 4 or not unseen_near or not unseen_retain:
+        raise ValueError(
+            f"the model knows {len(parts['forget'])} facts of {split.forget[0].topic}, "
+            f"{len(parts['near'])} near it and {len(parts['retain'])} others; at least 4, and 2 of "
+            "one topic each, are needed. Choose another topic."
+        )
     retain = [fact.worded(w) for fact in seen_retain for w in FIT_WORDINGS]
     near = [fact.worded(w) for fact in seen_near for w in FIT_WORDINGS]
     return DemoSets(

@@ -75,3 +75,38 @@ def test_a_position_that_no_text_has_gives_nan():
     areas = separability_by_position(X, torch.zeros(len(X)), is_forget, groups, n_positions=2)
     assert areas[0] == 1.0
     assert np.isnan(areas[1])
+
+
+def in_wordings(n_groups=60, seed=0):
+    """Two rows a group, of wording 0 and 1; a wording of forget rows has a mark of its own."""
+    X, is_forget, groups = rows(n_groups=n_groups, per_group=2, seed=seed)
+    wordings = torch.arange(2).repeat(n_groups)
+    for wording in (0, 1):
+        X[:, 1 + wording] += 20 * (is_forget & (wordings == wording))
+    return X, is_forget, groups, wordings
+
+
+def test_marks_of_a_wording_are_not_taken_for_the_topic():
+    X, is_forget, groups, wordings = in_wordings()
+    assert linear_separability(X, is_forget, groups) == 1.0
+    found = [linear_separability(*in_wordings(seed=seed)) for seed in range(8)]
+    assert abs(np.mean(found) - 0.5) < 0.1
+
+
+def test_a_topic_that_shows_in_every_wording_is_found_across_them():
+    X, is_forget, groups, wordings = in_wordings()
+    X[:, 0] += 200 * is_forget
+    assert linear_separability(X, is_forget, groups, wordings) > 0.99
+
+
+def test_one_wording_alone_leaves_nothing_to_test_on():
+    X, is_forget, groups = rows(shift=20)
+    assert np.isnan(linear_separability(X, is_forget, groups, torch.zeros(len(X))))
+
+
+def test_positions_are_judged_across_wordings_too():
+    X, is_forget, groups, wordings = in_wordings()
+    position = torch.zeros(len(X))
+    across = separability_by_position(X, position, is_forget, groups, wordings, n_positions=1)
+    assert across == [linear_separability(X, is_forget, groups, wordings)]
+    assert across != separability_by_position(X, position, is_forget, groups, n_positions=1)
