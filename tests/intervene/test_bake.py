@@ -1,4 +1,5 @@
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,12 +18,17 @@ from cases import (
 )
 from transformers import AutoModelForCausalLM
 
-from manifold_unlearn import bake, intervene, is_bakeable
+from manifold_unlearn import bake, intervene, is_bakeable, load_model
 from manifold_unlearn.activations.capture import capture
+from manifold_unlearn.activations.corpus import read_items
 from manifold_unlearn.activations.sites import find_decoder, site_names
 from manifold_unlearn.erase.subspace import SubspaceEraser
+from manifold_unlearn.evaluate.likelihood import greedy_answers, plain
 from manifold_unlearn.intervene.maps import AffineMap, DenseAffineMap
 
+SHARED = Path(__file__).parents[3] / "shared"
+TOLD = SHARED / "models" / "tofu-stories15m" / "told"
+QUESTIONS = SHARED / "data" / "tofu" / "forget05_perturbed.jsonl"
 PARTS = ["attn", "mlp", "mlp.hidden"]
 
 
@@ -285,3 +291,31 @@ def test_baking_inside_an_intervene_block_is_refused(llama):
             bake(llama, {"layers.1.mlp": fitted})
         assert hooks(llama) == 1
     bake(llama, {"layers.1.mlp": fitted})
+
+
+# --- a real checkpoint ----------------------------------------------------------------------------
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not TOLD.is_dir(), reason="../shared/models/tofu-stories15m is not there")
+def test_a_trained_model_bakes_as_it_hooks_on_64_prompts():
+    model, tokenizer = load_model(TOLD)
+    items = read_items(QUESTIONS, template="Question: {question}\nAnswer:")[:64]
+    prompts = [item.question for item in items]
+    sites = [f"layers.{i}.{part}" for i in (2, 3, 4) for part in ("attn", "mlp")]
+    acts = capture(model, tokenizer, [item.text for item in items], sites)
+    kept = ~acts.sink & (acts.position > 0)
+    forget = acts.text_index[kept] < 20
+    maps = {site: SubspaceEraser(rank=24).fit(acts[site][kept], forget) for site in sites}
+    baked = bake(model, maps)
+    free = greedy_answers(plain(model), tokenizer, prompts, max_new_tokens=12)
+    with intervene(model, maps):
+        hooked = greedy_answers(plain(model), tokenizer, prompts, max_new_tokens=12)
+        expected = text_logits(model, tokenizer, prompts[0])
+    assert greedy_answers(plain(baked), tokenizer, prompts, max_new_tokens=12) == hooked
+    assert sum(a != b for a, b in zip(hooked, free, strict=True)) > 10
+    assert (text_logits(baked, tokenizer, prompts[0]) - expected).abs().max() <= 1e-4
+
+
+def text_logits(model, tokenizer, text):
+    return logits(model, torch.tensor([tokenizer(text).input_ids]))
