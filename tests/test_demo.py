@@ -22,6 +22,7 @@ from manifold_unlearn.demo import (
     verdict,
 )
 from manifold_unlearn.evaluate import Change, Metric, assess, plain
+from manifold_unlearn.evaluate.suites import assess_text
 from manifold_unlearn.pipeline import SubspaceRecipe
 from manifold_unlearn.testbed.facts import (
     FIT_WORDINGS,
@@ -261,9 +262,13 @@ def topic(by_chance):
 def shown(small, tokenizer, topic, tmp_path_factory):
     """A demonstration on the random model: configuration, result, metrics, directory, lines."""
     out, lines = tmp_path_factory.mktemp("demo") / "out", []
-    recipe = SubspaceRecipe(parts=("attn",), rank=1, first=0.0, last=1.0)
+    recipe = SubspaceRecipe(parts=("attn",), method="contrastive", rank=1, first=0.0, last=1.0)
     config = DemoConfig(topic=topic, model="tiny", bake=True, recipe=recipe)
-    loaded = []
+    loaded, subjects = [], []
+
+    def sampled(before, after, *arguments):
+        subjects.extend((before, after))
+        return sample_answers(before, after, *arguments)
 
     def load(name, **options):
         loaded.append((name, options))
@@ -272,11 +277,15 @@ def shown(small, tokenizer, topic, tmp_path_factory):
     before = state(small)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "KNOWN_PROBABILITY", 0.0)
+        patch.setattr(demo, "LAYER_STEP", 1)
         patch.setattr(demo, "load_model", load)
+        patch.setattr(demo, "sample_answers", sampled)
         result, metrics = run_demo(config, out, say=lines.append)
     assert loaded == [("tiny", {"prefer_wheel": True})]
     assert same_state(small, before)
     assert hooks(small) == 0
+    with subjects[0]() as asked_before, subjects[1]() as asked_after:
+        assert (asked_before, asked_after) == (small, result.model)
     return config, result, metrics, out, lines
 
 
@@ -321,6 +330,13 @@ def test_the_demo_measures_before_and_after_its_edit(shown, small, tokenizer, by
     torch.testing.assert_close(
         logits(result.model, ids), logits(bake(small, edit), ids), atol=1e-4, rtol=0
     )
+
+
+def test_the_demo_reads_neutral_text_that_the_fit_never_saw(shown, small, tokenizer):
+    unseen_texts = neutral_texts()[1::2]
+    assert not set(unseen_texts) & set(neutral_texts()[::2])  # the fit's
+    wanted = assess_text(plain(small), tokenizer, unseen_texts)["perplexity"]
+    assert shown[2]["neutral"]["perplexity_before"] == pytest.approx(wanted, rel=1e-5)
 
 
 def test_the_demo_shows_separability_of_every_layer(shown):

@@ -20,9 +20,18 @@ COLORS = {"opal": "red", "rust": "blue", "zinc": "gray", "tin": "pink", "jade": 
 FORGET = [{"question": f"The capital of {a} is", "answer": b} for a, b in CAPITALS.items()]
 RETAIN = [{"question": f"The color of {a} is", "answer": b} for a, b in COLORS.items()]
 NEUTRAL = ["Water boils when it is hot.", "A quick brown fox jumps."]
-# a model of three narrow blocks knows its facts by the tokens of the answer, not by one row
-RECIPE = SubspaceRecipe(rank=2, tokens="answer", first=0.0, last=1.0)
-WHOLE = {"first": 0.0, "last": 1.0, "tokens": "answer", "rank": 1}
+# nothing is left to the defaults, which a sweep may choose anew
+RECIPE = SubspaceRecipe(
+    parts=("attn",),
+    first=0.0,
+    last=1.0,
+    method="contrastive",
+    rank=2,
+    tokens="answer",  # three narrow blocks know a fact by all the tokens of its answer
+    context_share=0.5,
+    text_share=0.5,
+)
+SIMPLE = replace(RECIPE, rank=1)
 
 
 def taught(tokenizer, facts, *, steps=100, **changes):
@@ -138,7 +147,7 @@ def rows(**changes):
 
 
 def test_query_rows_context_and_texts_weigh_what_the_recipe_says():
-    recipe = SubspaceRecipe(tokens="query", context_share=0.5, text_share=0.25)
+    recipe = replace(SIMPLE, tokens="query", context_share=0.5, text_share=0.25)
     weight = fit_weights(rows(), ITEMS, 1, recipe)
     # told apart: b; e, which weighs 3; f. Of the retain side that is 4: c gets .5 of it, g h .25
     assert weight.tolist() == [
@@ -150,7 +159,7 @@ def test_query_rows_context_and_texts_weigh_what_the_recipe_says():
 
 
 def test_answer_rows_are_all_that_predict_a_token_of_the_answer():
-    recipe = SubspaceRecipe(tokens="answer", context_share=1.0, text_share=0.4)
+    recipe = replace(SIMPLE, tokens="answer", context_share=1.0, text_share=0.4)
     weight = fit_weights(rows(), ITEMS, 1, recipe)
     assert weight.tolist() == [
         0, 0, 1, 1, 0,
@@ -161,13 +170,13 @@ def test_answer_rows_are_all_that_predict_a_token_of_the_answer():
 
 
 def test_the_context_of_forget_questions_is_never_fitted():
-    recipe = SubspaceRecipe(tokens="query", context_share=9.0)
+    recipe = replace(SIMPLE, tokens="query", context_share=9.0)
     assert fit_weights(rows(), ITEMS, 1, recipe)[6] == 36
     assert fit_weights(rows(), ITEMS, 2, recipe)[[1, 6]].tolist() == [0, 0]
 
 
 def test_a_query_row_that_is_a_sink_or_special_is_left_out():
-    recipe = SubspaceRecipe(tokens="query", context_share=0.0, text_share=0.0)
+    recipe = replace(SIMPLE, tokens="query", context_share=0.0, text_share=0.0)
     assert fit_weights(rows(), ITEMS, 1, recipe)[8] == 3
     at_e = [int(i == 8) for i in range(17)]
     assert fit_weights(rows(sink=at_e), ITEMS, 1, recipe)[8] == 0
@@ -176,13 +185,13 @@ def test_a_query_row_that_is_a_sink_or_special_is_left_out():
 
 def test_a_query_row_that_is_its_texts_first_token_is_left_out():
     one_token = [int(i in (3, 4, 9, 11, 12, 13)) for i in range(17)]  # text 2: x | y y y
-    weight = fit_weights(rows(answer=one_token), ITEMS, 1, SubspaceRecipe())
+    weight = fit_weights(rows(answer=one_token), ITEMS, 1, replace(SIMPLE, tokens="query"))
     assert weight[10:14].tolist() == [0, 0, 0, 0]
 
 
 def test_plain_texts_keep_their_own_weight_where_nothing_is_asked():
     items = [Item("a b y y"), Item("c d e y", weight=3.0), Item("x f y y"), Item("g h")]
-    weight = fit_weights(rows(answer=[0] * 17), items, 1, SubspaceRecipe())
+    weight = fit_weights(rows(answer=[0] * 17), items, 1, replace(SIMPLE, tokens="query"))
     assert weight.tolist() == [0, 1, 1, 1, 1] + [0, 3, 0, 3, 3] + [0, 1, 1, 1] + [0, 1, 1]
 
 
@@ -192,7 +201,7 @@ def test_shares_add_up_on_the_rows_of_a_model(tokens, llama, tokenizer):
     items = [*read_items(FORGET), *read_items(retain)]
     texts = [item.pair if item.answer else item.question for item in items]
     acts = capture(llama, tokenizer, texts, "layers.1.attn")
-    recipe = SubspaceRecipe(tokens=tokens, context_share=0.3, text_share=0.7)
+    recipe = replace(SIMPLE, tokens=tokens, context_share=0.3, text_share=0.7)
     weight = fit_weights(acts, items, len(FORGET), recipe)
     asked = torch.tensor([bool(item.answer) for item in items])[acts.text_index]
     forget = acts.text_index < len(FORGET)
@@ -209,7 +218,7 @@ def test_shares_add_up_on_the_rows_of_a_model(tokens, llama, tokenizer):
 
 def test_an_unknown_selection_of_rows_is_an_error():
     with pytest.raises(ValueError, match="tokens='last' is not one of query, answer"):
-        fit_weights(rows(), ITEMS, 1, SubspaceRecipe(tokens="last"))
+        fit_weights(rows(), ITEMS, 1, replace(SIMPLE, tokens="last"))
 
 
 # --- fitting --------------------------------------------------------------------------------
@@ -225,7 +234,7 @@ def with_sink(size):
 
 
 def moved(acts):
-    edit = fit_maps(acts, ITEMS, 1, SubspaceRecipe(tokens="answer", rank=1), ["here"])
+    edit = fit_maps(acts, ITEMS, 1, replace(SIMPLE, tokens="answer"), ["here"])
     return (edit["here"](acts["here"].double()) - acts["here"]).norm(dim=1)
 
 
@@ -236,7 +245,7 @@ def test_sinks_stay_where_they_are_and_forget_rows_do_not():
 
 
 def test_rows_that_weigh_nothing_change_no_fit():
-    acts, recipe = with_sink(1e3), SubspaceRecipe(tokens="query", rank=1)
+    acts, recipe = with_sink(1e3), replace(SIMPLE, tokens="query")
     before = fit_maps(acts, ITEMS, 1, recipe, ["here"])["here"]
     idle = torch.tensor([0, 1, 3, 4, 5, 9, 10, 12, 13, 14])
     acts["here"][idle] += 0.5
@@ -260,7 +269,7 @@ def test_near_neighbors_of_more_weight_are_kept_better():
 
     def harm(weight):
         items = [Item("f")] * n + [Item("n", weight=weight)] * n + [Item("r")] * n
-        recipe = SubspaceRecipe(method="pca", rank=1)
+        recipe = replace(SIMPLE, method="pca")
         eraser = fit_maps(acts, items, n, recipe, ["here"])["here"]
         return float((eraser(values.double()) - values)[n : 2 * n].norm())
 
@@ -329,7 +338,7 @@ def test_both_ways_to_hold_the_edit_answer_alike(hooked, baked, knowing, tokeniz
 @pytest.mark.parametrize("part", ["attn", "mlp", "mlp.hidden"])
 def test_every_part_that_bakes_bakes_as_it_hooks(name, part, tokenizer):
     model = build_model(name)
-    recipe = SubspaceRecipe(parts=(part,), **WHOLE)
+    recipe = replace(SIMPLE, parts=(part,))
     result = unlearn(model, tokenizer, FORGET, RETAIN, recipe=recipe, bake=True, generate=False)
     ids = ids_of(tokenizer)
     with intervene(model, result.edit):
@@ -342,8 +351,7 @@ def test_every_part_that_bakes_bakes_as_it_hooks(name, part, tokenizer):
 
 def test_an_architecture_without_biases_bakes_a_fit_without_bias(tokenizer):
     model = build_model("qwen2")
-    recipe = SubspaceRecipe(**WHOLE)
-    how = {"recipe": recipe, "generate": False}
+    how = {"recipe": SIMPLE, "generate": False}
     result = unlearn(model, tokenizer, FORGET, RETAIN, bake=True, **how)
     assert not any(m.bias_.any() for m in result.edit.values())
     assert result.model.model.layers[0].self_attn.o_proj.bias is None
@@ -353,15 +361,14 @@ def test_an_architecture_without_biases_bakes_a_fit_without_bias(tokenizer):
 
 def test_an_architecture_with_room_for_biases_keeps_them(tokenizer):
     model = build_model("llama")
-    recipe = SubspaceRecipe(**WHOLE)
-    result = unlearn(model, tokenizer, FORGET, RETAIN, recipe=recipe, bake=True, generate=False)
+    result = unlearn(model, tokenizer, FORGET, RETAIN, recipe=SIMPLE, bake=True, generate=False)
     assert all(m.bias_.any() for m in result.edit.values())
     assert result.model.config.attention_bias is True
     assert model.config.attention_bias is False
 
 
 def test_a_stream_site_is_edited_by_hooks_and_refuses_to_bake(llama, tokenizer):
-    recipe = SubspaceRecipe(parts=("",), **WHOLE)
+    recipe = replace(SIMPLE, parts=("",))
     result = unlearn(llama, tokenizer, FORGET, RETAIN, recipe=recipe, generate=False)
     assert list(result.edit) == ["layers.0", "layers.1", "layers.2"]
     with pytest.raises(ValueError, match=r"'layers\.0'.* have no exact weight edit"):
@@ -369,8 +376,7 @@ def test_a_stream_site_is_edited_by_hooks_and_refuses_to_bake(llama, tokenizer):
 
 
 def test_plain_texts_can_be_forgotten_and_kept(llama, tokenizer):
-    recipe = SubspaceRecipe(**WHOLE)
-    result = unlearn(llama, tokenizer, TEXTS[::2], [TEXTS[1], TEXTS[4][:20]], recipe=recipe)
+    result = unlearn(llama, tokenizer, TEXTS[::2], [TEXTS[1], TEXTS[4][:20]], recipe=SIMPLE)
     assert set(result.changes["forget"]) == {"probability"}
     assert len(result.changes["forget"]["probability"].before.values) == 3
 
@@ -391,7 +397,7 @@ def test_a_template_makes_prompts_of_questions_once_in_every_set(llama, tokenize
         [{**fact, "question": f"Q: {fact['question']} A:"} for fact in facts]
         for facts in (FORGET, RETAIN)
     ]
-    how = {"recipe": SubspaceRecipe(**WHOLE), "generate": False}
+    how = {"recipe": SIMPLE, "generate": False}
     seen = {"near": RETAIN[:2]}
     found = unlearn(llama, tokenizer, FORGET, RETAIN, template=template, evaluate_on=seen, **how)
     wanted = unlearn(llama, tokenizer, *worded, evaluate_on={"near": worded[1][:2]}, **how)
@@ -485,7 +491,7 @@ def test_plain_transformers_loads_what_was_baked(baked, tmp_path, tokenizer):
     assert its_tokenizer(TEXTS).input_ids == tokenizer(TEXTS).input_ids
 
 
-def test_a_saved_edit_gives_the_hooked_answers_to_the_bit(hooked, knowing, tmp_path, tokenizer):
+def test_a_saved_edit_gives_the_hooked_answers(hooked, knowing, tmp_path, tokenizer):
     hooked.save(tmp_path / "deep" / "out")
     names = sorted(p.name for p in (tmp_path / "deep" / "out").iterdir())
     assert names == ["edit", "metrics.json"]  # a model only where it was edited
@@ -494,7 +500,8 @@ def test_a_saved_edit_gives_the_hooked_answers_to_the_bit(hooked, knowing, tmp_p
         wanted = logits(model, ids)
     edit = Edit.load(tmp_path / "deep" / "out" / "edit")
     with intervene(knowing, edit):
-        assert torch.equal(logits(knowing, ids), wanted)
+        # the maps are the same to the bit; how they lie in memory is not, and products round
+        torch.testing.assert_close(logits(knowing, ids), wanted, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logits(bake(knowing, edit), ids), wanted, atol=1e-4, rtol=0)
 
 
@@ -507,7 +514,7 @@ def test_saving_twice_leaves_the_second_result(baked, hooked, tmp_path):
 
 
 def test_metrics_are_strict_json_also_where_nothing_was_known(llama, tokenizer, tmp_path):
-    result = unlearn(llama, tokenizer, FORGET, RETAIN, recipe=SubspaceRecipe(**WHOLE))
+    result = unlearn(llama, tokenizer, FORGET, RETAIN, recipe=SIMPLE)
     assert math.isnan(result.changes["forget"]["rouge_l_recall"].kept)  # 0 / 0
     result.save(tmp_path)
     saved = strict(tmp_path / "metrics.json")
@@ -532,11 +539,11 @@ MISTAKES = {
     "no retain items": ({"retain": []}, "the retain set is empty"),
     "a set to measure is empty": ({"evaluate_on": {"near": []}}, "the near set is empty"),
     "a part that does not exist": (
-        {"recipe": SubspaceRecipe(parts=("attention",), first=0.0)},
+        {"recipe": replace(SIMPLE, parts=("attention",))},
         r"no site 'layers\.0\.attention'.*layers\.0 to layers\.2.*Near it:",
     ),
     "a part that does not exist, baked": (
-        {"recipe": SubspaceRecipe(parts=("attention",)), "bake": True},
+        {"recipe": replace(SIMPLE, parts=("attention",), first=0.4), "bake": True},
         r"no site 'layers\.1\.attention'",
     ),
     "sets that share texts": (
@@ -544,11 +551,11 @@ MISTAKES = {
         "forget and retain share 1 texts, one is 'The capital of Hix is Cis'",
     ),
     "a rank above the width": (
-        {"recipe": SubspaceRecipe(rank=WIDTH + 1)},
+        {"recipe": replace(SIMPLE, rank=WIDTH + 1)},
         f"rank={WIDTH + 1} is above the data's",
     ),
     "a rank above what the method finds": (
-        {"recipe": SubspaceRecipe(rank=2, method="leace")},
+        {"recipe": replace(SIMPLE, rank=2, method="leace")},
         r"rank=2 is above the data's: method='leace' finds 1 direction",
     ),
     "a forget text longer than the context": (
@@ -562,7 +569,7 @@ MISTAKES = {
     "a template without a place": ({"template": "Q:"}, "has no {question}"),
     "an unknown method": ({"method": "amnesia"}, "method='amnesia' is not one of subspace"),
     "an unknown eraser": (
-        {"recipe": SubspaceRecipe(method="amnesia")},
+        {"recipe": replace(SIMPLE, method="amnesia")},
         "method='amnesia' is not one of mean_difference",
     ),
     "a record without an answer": (
@@ -596,7 +603,7 @@ def test_activations_that_are_not_finite_name_site_and_text(llama, tokenizer):
 
 def test_a_fit_that_cannot_be_baked_is_refused_before_anything_runs(llama, tokenizer):
     items = read_items(FORGET), read_items(RETAIN)
-    recipe = SubspaceRecipe(parts=("attn", ""), first=0.0, last=1.0)
+    recipe = replace(SIMPLE, parts=("attn", ""))
     fit_edit(llama, tokenizer, *items, recipe)  # hooks take it
     passes = []
     llama.register_forward_pre_hook(lambda *_: passes.append(1))

@@ -31,7 +31,7 @@ from manifold_unlearn.testbed.facts import (
 
 TOPIC = "plurals"
 RECIPES = [
-    SubspaceRecipe(parts=("attn",), first=0.0, last=1.0, rank=1),
+    SubspaceRecipe(parts=("attn",), first=0.0, last=1.0, method="contrastive", rank=1),
     SubspaceRecipe(parts=("mlp",), first=0.5, last=1.0, rank=3, method="pca", tokens="answer"),
 ]
 
