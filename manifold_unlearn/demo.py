@@ -51,7 +51,8 @@ KNOWN_PROBABILITY = 0.1
 NEAR_WEIGHT = 8.0
 """How much near neighbors of the topic count in the fit, against other facts to retain."""
 N_PANELS = 9
-N_POSITIONS = 4
+LAYER_STEP = 3
+N_POSITIONS = 3
 TARGETS = {"forget": 0.20, "near": 0.85, "retain": 0.95}
 """Share of the answer probability to keep: at most for forget, at least for the others."""
 PERPLEXITY_TARGET = 1.03
@@ -264,7 +265,7 @@ class _Pictures:
     @classmethod
     def of(cls, model: Any, tokenizer: Any, sets: DemoSets) -> _Pictures:
         items = [*sets.fit_forget, *(i for i in sets.fit_retain if i.answer)]
-        layers = list(range(len(find_decoder(model).blocks)))
+        layers = list(range(0, len(find_decoder(model).blocks), LAYER_STEP))
         sites = [f"layers.{i}" for i in layers]
         acts = capture(model, tokenizer, [item.question for item in items], sites)
         from_end = _from_end(acts)
@@ -277,11 +278,14 @@ class _Pictures:
                 acts[site][usable], from_end[usable], is_forget[usable], groups[usable],
                 wordings[usable],
                 n_positions=N_POSITIONS,
+                n_splits=2,
             )
             for site in sites
         ]  # fmt: skip
         rows = (from_end == 0) & usable
-        shown = np.unique(np.linspace(0, len(layers) - 1, N_PANELS).astype(int))
+        shown = [
+            layers[i] for i in np.unique(np.linspace(0, len(layers) - 1, N_PANELS).astype(int))
+        ]
         panels = [_panel(f"layers.{i}", acts[f"layers.{i}"][rows], is_forget[rows]) for i in shown]
         return cls(panels, layers, np.array(areas).T)
 

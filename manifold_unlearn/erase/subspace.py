@@ -175,16 +175,18 @@ class SubspaceEraser(TransformerMixin, BaseEstimator):
     def _moves_along_spread(self) -> bool:
         return self.protect_retain or self.method == "leace"
 
-    def _free_subspace(self, center: Tensor, fixed: Tensor | None) -> Tensor:
-        """Orthonormal basis ``(d, k)`` of the directions that may be read."""
+    def _free_subspace(self, center: Tensor, fixed: Tensor | None) -> Tensor | None:
+        """Orthonormal basis ``(d, k)`` of the directions that may be read; None for all."""
         d = center.shape[0]
-        bound = [center.new_empty(0, d)]
+        bound = []
         if not self.affine and self.method != "leace" and bool(center.any()):
             bound.append(center[None] / torch.linalg.vector_norm(center))
         if fixed is not None and len(fixed):
             held = fixed - center if self.affine else fixed
             _, sizes, axes = torch.linalg.svd(held, full_matrices=False)
             bound.append(axes[sizes > FIXED_TOLERANCE * sizes[0]])
+        if not bound:
+            return None
         _, sizes, axes = torch.linalg.svd(torch.cat(bound), full_matrices=True)
         n_bound = int((sizes > 1e-6).sum())  # unit rows: the mean may lie among the fixed axes
         if n_bound >= d:
@@ -195,13 +197,21 @@ class SubspaceEraser(TransformerMixin, BaseEstimator):
         return axes[n_bound:].T
 
     def _directions(
-        self, forget: Moments, retain: Moments, spread: Tensor, center: Tensor, free: Tensor
+        self, forget: Moments, retain: Moments, spread: Tensor, center: Tensor, free: Tensor | None
     ) -> Tensor:
         """Reading directions ``(d, rank)``, strongest first."""
+        if free is not None:
+            spread = free.T @ spread @ free
         if self.method in ("mean_difference", "leace"):
-            return self._mean_direction(forget.mean - retain.mean, spread, free)
-        moment = free.T @ forget.about(center) @ free
-        metric = free.T @ spread @ free
+            difference = forget.mean - retain.mean
+            reduced = self._mean_direction(
+                difference if free is None else free.T @ difference, spread
+            )
+            return reduced if free is None else free @ reduced
+        moment = forget.about(center)
+        if free is not None:
+            moment = free.T @ moment @ free
+        metric = spread
         if self.method == "pca":
             metric = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
         values = torch.linalg.eigvalsh(moment)
@@ -213,20 +223,20 @@ class SubspaceEraser(TransformerMixin, BaseEstimator):
         _, vectors = torch.linalg.eigh((whitened + whitened.T) / 2)
         leading = vectors[:, -self.rank :].flip(1)
         leading = leading * leading.gather(0, leading.abs().argmax(0)[None]).sign()
-        return free @ torch.linalg.solve_triangular(root.T, leading, upper=True)
+        read = torch.linalg.solve_triangular(root.T, leading, upper=True)
+        return read if free is None else free @ read
 
-    def _mean_direction(self, difference: Tensor, spread: Tensor, free: Tensor) -> Tensor:
+    def _mean_direction(self, difference: Tensor, spread: Tensor) -> Tensor:
         self._require_rank(1)
         scale = spread.diagonal().mean().sqrt()
-        if torch.linalg.vector_norm(free.T @ difference) <= 1e-10 * scale:
+        if torch.linalg.vector_norm(difference) <= 1e-10 * scale:
             raise ValueError(
                 f"method={self.method!r} reads the difference of the forget and retain means, "
                 "which is zero; use method='contrastive'."
             )
-        reduced = free.T @ difference
         if self.method == "leace":
-            reduced = torch.linalg.solve(free.T @ spread @ free, reduced)
-        return (free @ reduced)[:, None]
+            difference = torch.linalg.solve(spread, difference)
+        return difference[:, None]
 
     def _require_rank(self, n_directions: int) -> None:
         if self.rank > n_directions:

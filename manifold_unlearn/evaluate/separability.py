@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor
+
+from manifold_unlearn.erase.subspace import SubspaceEraser
 
 
 def linear_separability(
@@ -19,6 +20,8 @@ def linear_separability(
     random_state: int = 0,
 ) -> float:
     """Cross-validated area under the ROC curve of a shrunk linear discriminant.
+
+    The discriminant is the direction that LEACE would erase.
 
     Parameters
     ----------
@@ -37,21 +40,21 @@ def linear_separability(
     float
         In [0, 1]; 0.5 is chance. NaN where a class has fewer groups than splits.
     """
-    rows, labels, group = X.double().numpy(), is_forget.numpy(), groups.numpy()
+    labels, group = is_forget.numpy(), groups.numpy()
     wording = np.zeros(len(labels)) if wordings is None else wordings.numpy()
     if min(len(np.unique(group[labels])), len(np.unique(group[~labels]))) < n_splits:
         return float("nan")
     folds = StratifiedGroupKFold(n_splits, shuffle=True, random_state=random_state)
     areas = []
-    for train, test in folds.split(rows, labels, group):
+    for train, test in folds.split(labels, labels, group):
         for seen in np.unique(wording):
             fitted = train[wording[train] == seen]
             asked = test if wordings is None else test[wording[test] != seen]
             if len(np.unique(labels[fitted])) < 2 or len(np.unique(labels[asked])) < 2:
                 continue
-            probe = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
-            scores = probe.fit(rows[fitted], labels[fitted]).decision_function(rows[asked])
-            areas.append(roc_auc_score(labels[asked], scores))
+            probe = SubspaceEraser("leace").fit(X[fitted], labels[fitted])
+            scores = X[asked].double() @ probe.map_.read[:, 0]
+            areas.append(roc_auc_score(labels[asked], scores.numpy()))
     return float(np.mean(areas)) if areas else float("nan")
 
 
@@ -63,6 +66,7 @@ def separability_by_position(
     wordings: Tensor | None = None,
     *,
     n_positions: int = 4,
+    n_splits: int = 3,
 ) -> list[float]:
     """:func:`linear_separability` of the rows at each position before the end of the prompt.
 
@@ -74,6 +78,7 @@ def separability_by_position(
     is_forget, groups, wordings
         As for :func:`linear_separability`.
     n_positions : int, default=4
+    n_splits : int, default=3
 
     Returns
     -------
@@ -84,5 +89,7 @@ def separability_by_position(
     for position in range(n_positions):
         at = from_end == position
         chosen = None if wordings is None else wordings[at]
-        found.append(linear_separability(X[at], is_forget[at], groups[at], chosen))
+        found.append(
+            linear_separability(X[at], is_forget[at], groups[at], chosen, n_splits=n_splits)
+        )
     return found
