@@ -267,6 +267,27 @@ def test_texts_can_be_unlearned_and_mixed_with_questions(files, tmp_path):
     assert "probability_of_text" in metrics(tmp_path / "out")["sets"]["retain"]
 
 
+@pytest.mark.parametrize(
+    ("command", "worker"),
+    [
+        ("evaluate", "manifold_unlearn.evaluate.assess"),
+        ("unlearn", "manifold_unlearn.pipeline.unlearn"),
+    ],
+)
+def test_what_is_said_of_generation_is_passed_on(command, worker, files, tmp_path, monkeypatch):
+    seen = []
+
+    def stop(*_, **how):
+        seen.append((how["generate"], how["max_new_tokens"]))
+        raise ValueError("seen")
+
+    monkeypatch.setattr(worker, stop)
+    words = [command, str(files / "model"), *sets(files), "--out", str(tmp_path)]
+    assert main([*words, "--max-new-tokens", "7"]) == 2
+    assert main([*words, "--no-generate"]) == 2
+    assert seen == [(True, 7), (False, None)]
+
+
 # --- capture --------------------------------------------------------------------------------
 
 
