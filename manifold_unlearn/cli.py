@@ -198,7 +198,8 @@ def _unlearn(options: argparse.Namespace) -> None:
     result = unlearn(
         model,
         tokenizer,
-        **sets,
+        sets["forget"],
+        sets["retain"],
         method=options.method,
         recipe=_recipe(options),
         bake=options.bake,
