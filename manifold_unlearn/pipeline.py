@@ -82,8 +82,19 @@ class UnlearnResult:
         return nullcontext(self.model) if self.baked else intervene(self.model, self.edit)
 
     def save(self, directory: str | Path) -> None:
-        """Write ``edit/``, ``metrics.json`` and, if baked, ``model/`` (plain transformers)."""
+        """Write ``edit/``, ``metrics.json`` and, if baked, ``model/`` (plain transformers).
+
+        Raises
+        ------
+        FileExistsError
+            The edit is not baked and ``model/`` is there from another run.
+        """
         directory = Path(directory)
+        if not self.baked and (directory / "model").exists():
+            raise FileExistsError(
+                f"{directory / 'model'} is there from a baked run and would not belong to this "
+                "edit; remove it or choose another directory."
+            )
         self.edit.save(directory / "edit")
         if self.baked:
             with artifact.replacing(directory / "model") as staged:
@@ -223,7 +234,7 @@ def fit_maps(
         norms = torch.linalg.vector_norm(rows.float(), dim=1)
         sinks = rows[norms > SINK_RATIO * norms.median()]
         eraser = SubspaceEraser(recipe.method, recipe.rank, affine=affine)  # type: ignore[arg-type]
-        eraser.fit(rows[chosen], y[chosen], weight[chosen], fixed=sinks if len(sinks) else None)
+        eraser.fit(rows[chosen], y[chosen], weight[chosen], fixed=sinks)
         maps[site] = eraser.map_
     return Edit(maps)
 

@@ -610,3 +610,11 @@ def test_a_fit_that_cannot_be_baked_is_refused_before_anything_runs(llama, token
     with pytest.raises(ValueError, match=r"\['layers\.0', 'layers\.1', 'layers\.2'\] have no"):
         fit_edit(llama, tokenizer, *items, recipe, bakeable=True)
     assert passes == []
+
+
+def test_an_unbaked_edit_is_not_saved_beside_the_model_of_another(hooked, baked, tmp_path):
+    baked.save(tmp_path)
+    old = (tmp_path / "metrics.json").read_bytes()
+    with pytest.raises(FileExistsError, match="from a baked run"):
+        hooked.save(tmp_path)
+    assert (tmp_path / "metrics.json").read_bytes() == old

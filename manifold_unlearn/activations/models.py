@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -173,8 +174,9 @@ def _read(
 
     options = {**options, "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        with _bars_on_terminals_only():
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     except (SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(
             f"the checkpoint {name} cannot be read ({error}); it is truncated or damaged. "
@@ -188,6 +190,20 @@ def _read(
             "architecture is not one that transformers converts. Copy or download it again."
         ) from error
     return model, tokenizer
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    from transformers.utils import logging
+
+    silence = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if silence:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if silence:
+            logging.enable_progress_bar()
 
 
 def _forget_quantization(model: nn.Module) -> None:

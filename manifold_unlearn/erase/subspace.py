@@ -117,7 +117,7 @@ class SubspaceEraser(TransformerMixin, BaseEstimator):
         fixed : array or Tensor of shape (n_fixed, n_features), optional
             Rows that the map must leave where they are (attention sinks): ``A`` is kept
             orthogonal to their leading directions, those with a singular value above 1 % of the
-            largest. They do not enter the moments.
+            largest. They do not enter the moments. No rows are as good as None.
 
         Returns
         -------
@@ -135,8 +135,12 @@ class SubspaceEraser(TransformerMixin, BaseEstimator):
         weight = row_weights(sample_weight, rows, forget)
         forget_moments = Moments.of(rows[forget], weight[forget])
         retain_moments = Moments.of(rows[~forget], weight[~forget])
+        if fixed is not None and len(fixed) == 0:
+            fixed = None
         if fixed is not None:
             fixed = as_rows(fixed, device=rows.device, name="fixed").to(torch.float64)
+            if fixed.shape[1] != rows.shape[1]:
+                raise ValueError(f"fixed has {fixed.shape[1]} features; X has {rows.shape[1]}.")
         self._fit_moments(forget_moments, retain_moments, fixed, like=X)
         return self
 

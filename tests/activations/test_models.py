@@ -148,3 +148,11 @@ def test_a_model_without_positions_has_no_context_length():
     model = nn.Linear(1, 1)
     model.config = object()
     assert context_length(model) is None
+
+
+def test_loading_shows_no_bar_where_there_is_no_terminal(llama, tokenizer, tmp_path, capfd):
+    llama.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    capfd.readouterr()
+    load_model(tmp_path)
+    assert capfd.readouterr().err == ""

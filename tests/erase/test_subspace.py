@@ -386,3 +386,16 @@ def test_a_row_that_is_not_finite_is_named():
     X[7, 3] = np.inf
     with pytest.raises(ValueError, match="first is row 7"):
         SubspaceEraser().fit(torch.from_numpy(X), y)
+
+
+def test_no_fixed_rows_are_as_good_as_none():
+    X, y = two_classes()
+    none = SubspaceEraser().fit(X, y)
+    empty = SubspaceEraser().fit(X, y, fixed=X[:0])
+    np.testing.assert_array_equal(none.matrix_, empty.matrix_)
+
+
+def test_fixed_rows_of_another_width_are_refused():
+    X, y = two_classes()
+    with pytest.raises(ValueError, match=r"fixed has 3 features; X has"):
+        SubspaceEraser().fit(X, y, fixed=np.ones((2, 3)))
