@@ -8,7 +8,7 @@ the test wording of every topic. A topic on which it misses a target stays in th
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -50,7 +50,8 @@ def trials(
     return found
 
 
-def run(config: Config, preset: str) -> dict:
+def run(config: Config, preset: str) -> Iterator[dict]:
+    """Result so far, after each topic."""
     start = time.perf_counter()
     model, tokenizer = load_model(config.model, prefer_wheel=True, device=config.device)
     known = known_facts(plain(model), tokenizer)
@@ -60,26 +61,48 @@ def run(config: Config, preset: str) -> dict:
         found = trials(model, tokenizer, known, topic, CANDIDATES, VALIDATION_WORDING)
         rows += [{"split": "validation", "topic": topic, **trial.to_json()} for trial in found]
         chosen.append(best(found).recipe)
-    tested = {}
+    tested: dict[str, Trial] = {}
     for topic in config.test_topics:
         (tested[topic],) = trials(model, tokenizer, known, topic, [shipped], TEST_WORDING)
         rows.append({"split": "test", "topic": topic, **tested[topic].to_json()})
-    claims = [
-        {"claim": "the shipped recipe is the sweep's best on validation",
-         "value": [asdict(recipe) for recipe in chosen], "target": asdict(shipped),
-         "holds": all(recipe == shipped for recipe in chosen)}
-    ]  # fmt: skip
+        yield {
+            "config": asdict(config),
+            "seconds": time.perf_counter() - start,
+            "rows": rows,
+            "claims": claims(chosen, shipped, tested, COMMAND.format(preset)),
+        }
+
+
+def claims(
+    chosen: Sequence[SubspaceRecipe],
+    shipped: SubspaceRecipe,
+    tested: dict[str, Trial],
+    command: str,
+) -> list[dict]:
+    made = [
+        {
+            "claim": "the shipped recipe is the sweep's best on validation",
+            "value": [asdict(recipe) for recipe in chosen],
+            "target": asdict(shipped),
+            "holds": all(recipe == shipped for recipe in chosen),
+            "command": command,
+        }
+    ]
     for topic, trial in tested.items():
-        measured = {**{name: getattr(trial, name) for name in TARGETS}, "ppl": trial.perplexity}
-        claims.append({"claim": f"{topic}, test wording: all four targets",
-                       "value": measured, "target": {**TARGETS, "ppl": PERPLEXITY_TARGET},
-                       "holds": trial.violation == 0})  # fmt: skip
-    for claim in claims:
-        claim["command"] = COMMAND.format(preset)
-    return {"config": asdict(config), "seconds": time.perf_counter() - start, "rows": rows,
-            "claims": claims}  # fmt: skip
+        measured = {name: round(getattr(trial, name), 4) for name in TARGETS}
+        made.append(
+            {
+                "claim": f"{topic}, test wording: all four targets",
+                "value": {**measured, "perplexity": round(trial.perplexity, 4)},
+                "target": {**TARGETS, "perplexity": PERPLEXITY_TARGET},
+                "holds": trial.slack >= 0,
+                "command": command,
+            }
+        )
+    return made
 
 
 if __name__ == "__main__":
     preset, config = parse(PRESETS, __doc__)
-    print(write("erase_sweep", preset, run(config, preset)))
+    for result in run(config, preset):
+        print(write("erase_sweep", preset, result))

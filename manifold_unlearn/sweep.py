@@ -54,19 +54,23 @@ class Trial:
     """After over before."""
 
     @property
-    def violation(self) -> float:
-        """Largest distance to a target that is missed; 0 where all are met."""
-        return max(
-            0.0,
-            self.forget - TARGETS["forget"],
-            TARGETS["near"] - self.near,
-            TARGETS["retain"] - self.retain,
-            self.perplexity - PERPLEXITY_TARGET,
-        )
+    def slack(self) -> float:
+        """Smallest distance to a target, as a share of the way to the ideal; negative if missed.
+
+        The ideal keeps nothing of forget and everything else: 1 there, 0 on a target.
+        """
+        kept = {name: getattr(self, name) for name in TARGETS}
+        shares = [
+            (target - kept[name]) / target
+            if name == "forget"
+            else (kept[name] - target) / (1 - target)
+            for name, target in TARGETS.items()
+        ]
+        return min(*shares, (PERPLEXITY_TARGET - self.perplexity) / (PERPLEXITY_TARGET - 1))
 
     def to_json(self) -> dict[str, Any]:
         """JSON values of recipe and figures."""
-        return {**asdict(self), "violation": self.violation}
+        return {**asdict(self), "slack": self.slack}
 
 
 class TopicTrials:
@@ -139,8 +143,8 @@ class TopicTrials:
 
 
 def best(trials: Sequence[Trial]) -> Trial:
-    """Return the trial that misses its targets least; among those that meet all, forgets most."""
-    return min(trials, key=lambda trial: (trial.violation, trial.forget))
+    """Return the trial whose tightest target is met by most, or missed by least."""
+    return max(trials, key=lambda trial: trial.slack)
 
 
 def choose_recipe(
