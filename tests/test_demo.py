@@ -343,9 +343,9 @@ def test_the_demo_shows_separability_of_every_layer(shown):
     table = shown[2]["separability"]
     assert table["columns"] == [0, 1]
     assert table["rows"][0] == "last token"
-    assert len(table["auc"]) == len(table["rows"]) == 4
+    assert len(table["auc"]) == len(table["rows"]) == demo.N_POSITIONS
     areas = [area for row in table["auc"] for area in row]
-    assert len(areas) == 8
+    assert len(areas) == 2 * demo.N_POSITIONS
     assert all(area is None or 0 <= area <= 1 for area in areas)
     # what the last tokens say of the topic shows in any model: wordings differ by topic
     assert max(area for area in areas if area is not None) > 0.7

@@ -161,7 +161,7 @@ class SubspaceEraser(TransformerMixin, BaseEstimator):
         moved = spread @ read if self._moves_along_spread else read
         write = torch.linalg.solve(read.T @ moved, moved.T).T
         offset = read.T @ center if self.affine else torch.zeros_like(read[0])
-        self.map_ = AffineMap(read, write, offset)
+        self.map_ = AffineMap(read.contiguous(), write.contiguous(), offset)
         self.shrinkage_ = weight
         self.directions_ = restore(read, like)
         retain_variance = (read * (spread @ read)).sum(0)
