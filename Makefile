@@ -24,6 +24,7 @@ lint: $(VENV)/lint.installed
 	$(BIN)/mypy
 
 bench: $(VENV)/demo.installed
+	$(BIN)/python experiments/benchmarks/demo.py --preset quick
 	$(BIN)/python experiments/benchmarks/hooks_cost.py --preset quick
 	$(BIN)/python experiments/benchmarks/diffusion_map.py --preset quick
 
