@@ -161,7 +161,8 @@ def known_facts(
 def demo_sets(split: Split, known: Sequence[Fact]) -> DemoSets:
     """Sort the known facts into what the fit sees and what it is tested on.
 
-    Of the topic to forget every fact is fitted, in two wordings, and tested in a third. Of near
+    Of the topic to forget every fact is fitted, in two wordings, and tested in a third (and, for
+    comparison, in the canonical wording, which is one of the fitted). Of near
     neighbors and of the rest every other fact is fitted, and the others are tested: neither they
     nor their wording were seen.
 

@@ -74,28 +74,30 @@ def read_items(source: Items, *, template: str = "{question}", name: str = "item
             f"template {template!r} has no {{question}}; put it where the prompt goes."
         )
     if isinstance(source, str | Path):
-        records: Iterable[Any] = _read_lines(Path(source))
+        records: Iterable[tuple[str, Any]] = _read_lines(Path(source))
         name = str(source)
     else:
-        records = source
-    items = [_item(record, template, name, i) for i, record in enumerate(records)]
+        records = ((f"{name}[{i}]", record) for i, record in enumerate(source))
+    items = [_item(record, template, place) for place, record in records]
     if not items:
         raise ValueError(f"the {name} set is empty; give at least one question or text.")
     return items
 
 
-def _read_lines(path: Path) -> Iterable[Any]:
+def _read_lines(path: Path) -> Iterable[tuple[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; give a JSONL file.")
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if line.strip():
+            place = f"{path} line {number}"
             try:
-                yield json.loads(line)
+                record = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path} line {number} is not JSON: {error}.") from error
+                raise ValueError(f"{place} is not JSON: {error}.") from error
+            yield place, record
 
 
-def _item(record: Item | Mapping[str, Any] | str, template: str, name: str, i: int) -> Item:
+def _item(record: Item | Mapping[str, Any] | str, template: str, place: str) -> Item:
     def prompt(question: str) -> str:
         return template.replace("{question}", question)
 
@@ -108,16 +110,16 @@ def _item(record: Item | Mapping[str, Any] | str, template: str, name: str, i: i
     if isinstance(record, str):
         record = {"text": record}
     if not isinstance(record, Mapping):
-        raise ValueError(f"{name}[{i}] is a {type(record).__name__}; expected a JSON object.")
+        raise ValueError(f"{place} is a {type(record).__name__}; expected a JSON object.")
     if isinstance(record.get("text"), str) and "question" not in record:
         if not record["text"].strip():
-            raise ValueError(f"{name}[{i}] has an empty text; remove it.")
-        return Item(record["text"], topic=record.get("topic", ""), weight=_weight(record, name, i))
+            raise ValueError(f"{place} has an empty text; remove it.")
+        return Item(record["text"], topic=record.get("topic", ""), weight=_weight(record, place))
     question, answer = record.get("question"), record.get("answer")
     for key, value in (("question", question), ("answer", answer)):
         if not isinstance(value, str) or not value.strip():
             raise ValueError(
-                f"{name}[{i}] has {key}={value!r}; each item needs a non-empty question and "
+                f"{place} has {key}={value!r}; each item needs a non-empty question and "
                 "answer, or a text."
             )
     assert isinstance(question, str) and isinstance(answer, str)
@@ -128,14 +130,14 @@ def _item(record: Item | Mapping[str, Any] | str, template: str, name: str, i: i
         paraphrased_answer=record.get("paraphrased_answer") or "",
         perturbed_answer=_strings(record.get("perturbed_answer")),
         topic=record.get("topic", ""),
-        weight=_weight(record, name, i),
+        weight=_weight(record, place),
     )
 
 
-def _weight(record: Mapping[str, Any], name: str, i: int) -> float:
+def _weight(record: Mapping[str, Any], place: str) -> float:
     weight = record.get("weight", 1.0)
     if not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        raise ValueError(f"{name}[{i}] has weight={weight!r}; it must be a positive number.")
+        raise ValueError(f"{place} has weight={weight!r}; it must be a positive number.")
     return float(weight)
 
 

@@ -114,3 +114,10 @@ def test_sets_that_share_texts_are_refused():
 
 def test_sets_that_share_only_questions_pass():
     require_disjoint([Item("a", "b")], [Item("a", "c")])
+
+
+def test_a_record_of_a_file_is_named_by_its_line(tmp_path):
+    path = tmp_path / "items.jsonl"
+    path.write_text('{"question": "a", "answer": "b"}\n\n{"question": "c"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"items\.jsonl line 3 has answer=None"):
+        read_items(path)
