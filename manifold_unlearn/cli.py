@@ -181,7 +181,7 @@ def _capture(options: argparse.Namespace) -> None:
 
     items = read_items(options.texts, template=_template(options))
     model, tokenizer = load_model(options.model)
-    texts = [item.pair if item.answer else item.question for item in items]
+    texts = [item.captured for item in items]
     acts = capture(model, tokenizer, texts, options.sites, tokens=options.tokens)
     acts.save(options.out)
     print(f"{len(acts.tokens)} rows at {len(acts)} sites in {options.out}")

@@ -211,7 +211,7 @@ def fit_edit(
     sites = recipe.sites(model)
     affine = not bakeable or _has_room_for_biases(model, sites)
     items = [*forget, *retain]
-    acts = capture(model, tokenizer, [i.pair if i.answer else i.question for i in items], sites)
+    acts = capture(model, tokenizer, [item.captured for item in items], sites)
     return fit_maps(acts, items, len(forget), recipe, sites, affine=affine)
 
 

@@ -108,8 +108,7 @@ class TopicTrials:
         fitted = [item for item in sets.fit_retain if item.question not in set(self.held_out)]
         self.items = [*sets.fit_forget, *fitted]
         sites = list(dict.fromkeys(site for r in recipes for site in r.sites(model)))
-        texts_or_pairs = [i.pair if i.answer else i.question for i in self.items]
-        self.acts = capture(model, tokenizer, texts_or_pairs, sites)
+        self.acts = capture(model, tokenizer, [item.captured for item in self.items], sites)
         known_set = set(known)
         parts = {
             name: [fact for fact in facts if fact in known_set]

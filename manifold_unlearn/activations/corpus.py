@@ -29,6 +29,11 @@ class Item:
         return self.question + join_answer(self.question, self.answer)
 
     @property
+    def captured(self) -> str | tuple[str, str]:
+        """What :func:`capture` reads of the item: its pair, or a plain text."""
+        return self.pair if self.answer else self.question
+
+    @property
     def pair(self) -> tuple[str, str]:
         """Prompt and answer, the answer with the space that sets it off."""
         return self.question, join_answer(self.question, self.answer)

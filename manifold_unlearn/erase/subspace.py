@@ -161,15 +161,19 @@ class SubspaceEraser(TransformerMixin, BaseEstimator):
         moved = spread @ read if self._moves_along_spread else read
         write = torch.linalg.solve(read.T @ moved, moved.T).T
         offset = read.T @ center if self.affine else torch.zeros_like(read[0])
-        self.map_ = AffineMap(read.contiguous(), write.contiguous(), offset)
         self.shrinkage_ = weight
-        self.directions_ = restore(read, like)
+        self._set_map(AffineMap(read.contiguous(), write.contiguous(), offset), like)
         retain_variance = (read * (spread @ read)).sum(0)
         self.contrast_ = restore(
             (read * (forget.about(center) @ read)).sum(0) / retain_variance, like
         )
-        self.matrix_ = restore(self.map_.matrix_, like)
-        self.bias_ = restore(self.map_.bias_, like)
+
+    def _set_map(self, fitted: AffineMap, like: Any) -> None:
+        """Set the map and the attributes that follow from it, in the kind of ``like``."""
+        self.map_ = fitted
+        self.directions_ = restore(fitted.read, like)
+        self.matrix_ = restore(fitted.matrix_, like)
+        self.bias_ = restore(fitted.bias_, like)
 
     @property
     def _reads_all_rows(self) -> bool:
@@ -299,12 +303,9 @@ class SubspaceEraser(TransformerMixin, BaseEstimator):
         eraser = cls(**config["params"])
         like = torch.empty(0, dtype=getattr(torch, config["dtype"]))
         kind = like.numpy() if config["numpy"] else like
-        eraser.map_ = AffineMap(tensors["read"], tensors["write"], tensors["offset"])
+        eraser._set_map(AffineMap(tensors["read"], tensors["write"], tensors["offset"]), kind)
         eraser.shrinkage_ = config["shrinkage"]
-        eraser.directions_ = restore(tensors["read"], kind)
         eraser.contrast_ = restore(tensors["contrast"], kind)
-        eraser.matrix_ = restore(eraser.map_.matrix_, kind)
-        eraser.bias_ = restore(eraser.map_.bias_, kind)
         eraser.n_features_in_ = tensors["read"].shape[0]
         return eraser
 
