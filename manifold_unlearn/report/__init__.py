@@ -1,5 +1,7 @@
 """Results rendered: pictures and one HTML file."""
 
+from manifold_unlearn.report.embedding import embedding_scatter, geodesic_paths
+from manifold_unlearn.report.geometry import bandwidth_curve, dimension_histogram, spectrum
 from manifold_unlearn.report.html import Report
 from manifold_unlearn.report.plots import (
     EmbeddingPanel,
@@ -7,15 +9,18 @@ from manifold_unlearn.report.plots import (
     embedding_by_site,
     item_slopes,
     separability_heatmap,
-    spectrum,
     tradeoff_curve,
 )
 
 __all__ = [
     "EmbeddingPanel",
     "Report",
+    "bandwidth_curve",
     "before_after_bars",
+    "dimension_histogram",
     "embedding_by_site",
+    "embedding_scatter",
+    "geodesic_paths",
     "item_slopes",
     "separability_heatmap",
     "spectrum",

@@ -81,13 +81,13 @@ def embedding_by_site(panels: Sequence[EmbeddingPanel]) -> Figure:
 
 
 def _checked_panel(panel: EmbeddingPanel) -> tuple[np.ndarray, np.ndarray]:
-    coordinates = _finite(panel.coordinates, f"coordinates of {panel.site}")
+    coordinates = style.finite(panel.coordinates, f"coordinates of {panel.site}")
     if coordinates.ndim != 2 or coordinates.shape[1] != 2 or not len(coordinates):
         raise ValueError(
             f"coordinates of {panel.site} has shape {coordinates.shape}; expected "
             "(n_samples, 2) with n_samples >= 1. Give the first two columns of the embedding."
         )
-    is_forget = _plain(panel.is_forget).astype(bool)
+    is_forget = style.plain(panel.is_forget).astype(bool)
     if is_forget.shape != (len(coordinates),):
         raise ValueError(
             f"is_forget of {panel.site} has shape {is_forget.shape}; expected "
@@ -97,24 +97,13 @@ def _checked_panel(panel: EmbeddingPanel) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _draw_embedding(ax: Axes, coordinates: np.ndarray, is_forget: np.ndarray) -> None:
-    n = len(is_forget)
-    area, alpha = (5, 0.35) if n > 1500 else (9, 0.5) if n > 300 else (16, 0.65)
+    area, alpha = style.dot(len(is_forget))
     sides = [coordinates[~is_forget], coordinates[is_forget]]
     looks = [(style.RETAIN, alpha), (style.FORGET, alpha + 0.25)]
     for order, (points, (color, opacity)) in enumerate(zip(sides, looks, strict=True), start=1):
         x, y = points.T
         ax.scatter(x, y, s=area, color=color, alpha=opacity, lw=0, zorder=order, rasterized=True)
-    low, high = style.robust_frame([points for points in sides if len(points)])
-    pad = np.where(high > low, 0.06 * (high - low), 1.0)
-    ax.set_xlim(low[0] - pad[0], high[0] + pad[0])
-    ax.set_ylim(low[1] - pad[1], high[1] + pad[1])
-    ax.set(xticks=[], yticks=[], box_aspect=1)
-    for spine in ax.spines.values():
-        spine.set(visible=True, color=style.RULE)
-    n_outside = int(((coordinates < low) | (coordinates > high)).any(axis=1).sum())
-    if n_outside:
-        corner = {"xycoords": "axes fraction", "ha": "right"}
-        style.small_print(ax, f"{n_outside} outside", (1, 0), (-4, 4), **corner)
+    style.frame(ax, sides)
 
 
 def separability_heatmap(
@@ -149,7 +138,7 @@ def separability_heatmap(
     ValueError
         Another shape than the labels say, a value outside [0, 1], a label twice or not there.
     """
-    values, rows, columns = _plain(values).astype(float), list(rows), list(columns)
+    values, rows, columns = style.plain(values).astype(float), list(rows), list(columns)
     _check_cells(values, rows, columns)
     cells = []
     for row, column in chosen or ():
@@ -341,7 +330,7 @@ def item_slopes(changes: Mapping[str, Change]) -> Figure:
     with style.new_figure(max(2.4 * len(changes) + 1, 4.8), 4.3, f"{metric} by item") as figure:
         axes = figure.subplots(1, len(changes), sharey=True, squeeze=False)[0]
         for ax, (name, change) in zip(axes, changes.items(), strict=True):
-            ends = np.stack([_plain(m.values) for m in (change.before, change.after)], axis=1)
+            ends = np.stack([style.plain(m.values) for m in (change.before, change.after)], axis=1)
             alpha = float(np.clip(12 / len(ends), 0.12, 0.6))
             look: dict[str, Any] = {"color": style.set_color(name), "alpha": alpha, "lw": 1}
             ax.add_collection(LineCollection([[(0, a), (1, b)] for a, b in ends], **look))
@@ -366,7 +355,7 @@ def _checked_metric(changes: Mapping[str, Change]) -> str:
     for name, change in changes.items():
         shapes = []
         for when, metric in (("before", change.before), ("after", change.after)):
-            shapes.append(_finite(metric.values, f"{metric.name} {when} of {name}").shape)
+            shapes.append(style.finite(metric.values, f"{metric.name} {when} of {name}").shape)
             names.add(metric.name)
         if shapes[0] != shapes[1] or len(shapes[0]) != 1 or not shapes[0][0]:
             raise ValueError(
@@ -452,49 +441,3 @@ def _checked_points(
     keys = ("forget", *_KEPT)
     shares = {key: np.array([point.get(key) for point in points], float) for key in keys}
     return [str(point["label"]) for point in points], shares
-
-
-def spectrum(eigenvalues: Any) -> Figure:
-    """Eigenvalues of a diffusion map in their order.
-
-    Parameters
-    ----------
-    eigenvalues : array of shape (n_components,), float
-        As :class:`~manifold_unlearn.manifold.diffusion.DiffusionMap` gives them: without the
-        trivial 1, descending.
-
-    Returns
-    -------
-    Figure
-
-    Raises
-    ------
-    ValueError
-        Not one-dimensional, empty, or not finite.
-    """
-    eigenvalues = _finite(eigenvalues, "eigenvalues")
-    if eigenvalues.ndim != 1 or not eigenvalues.size:
-        raise ValueError(
-            f"eigenvalues has shape {eigenvalues.shape}; expected (n_components,), at least one."
-        )
-    n = len(eigenvalues)
-    with style.new_figure(6.4, 3.6, "Spectrum of the diffusion map") as figure:
-        ax = figure.add_subplot()
-        ax.plot(range(1, n + 1), eigenvalues, color=style.RETAIN, lw=1, marker="o", ms=6, mew=0)
-        ax.margins(y=0.1)
-        ax.set(xlabel="Component", ylabel="Eigenvalue", xlim=(0.4, n + 0.6))
-        ax.set_xticks(range(1, n + 1, ceil(n / 20)))
-        style.quiet_ticks(ax, ax.xaxis, ax.yaxis)
-    return figure
-
-
-def _plain(values: Any) -> np.ndarray:
-    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
-
-
-def _finite(values: Any, name: str) -> np.ndarray:
-    array = _plain(values).astype(float)
-    if not np.isfinite(array).all():
-        row = [*np.argwhere(~np.isfinite(array))[0], 0][0]
-        raise ValueError(f"{name} has NaN or infinity, first in row {row}. Leave such rows out.")
-    return array

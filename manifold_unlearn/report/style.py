@@ -1,4 +1,4 @@
-"""Look of the pictures: colors, type, an empty figure, and small print.
+"""Look of the pictures: colors, type, an empty figure, small print; and the check of what is drawn.
 
 The colors are the color-blind safe ones of Okabe and Ito: forget is vermilion in every picture,
 retain blue, near neighbors sky blue, any other set grey.
@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
 FORGET, RETAIN, NEAR, OTHER = "#D55E00", "#0072B2", "#56B4E9", "#8C8C8C"
+MORE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8A7A00", "#5F4B8B")
+"""Colors of categories that are no set of the house, in their order."""
 INK, MUTED, RULE = "#1A1A1A", "#5F5F5F", "#D9D9D9"
 BEFORE_ALPHA = 0.35
 MISSING: dict[str, Any] = {"fc": "white", "ec": "#A0A0A0", "lw": 0, "hatch": "////"}
@@ -149,7 +152,48 @@ def line_key(color: str, label: str, **style: Any) -> Line2D:
     return Line2D([], [], color=color, label=label, **style)
 
 
+def patch_key(color: str, alpha: float, label: str) -> Patch:
+    """Area for a legend."""
+    from matplotlib.patches import Patch
+
+    return Patch(color=color, alpha=alpha, lw=0, label=label)
+
+
 def sentence(name: str) -> str:
     """``answer_probability`` as ``Answer probability``."""
     text = name.replace("_", " ")
     return text[:1].upper() + text[1:]
+
+
+def dot(n_points: int) -> tuple[float, float]:
+    """Area and opacity at which so many points of a scatter can be told apart."""
+    return (5, 0.35) if n_points > 1500 else (9, 0.5) if n_points > 300 else (16, 0.65)
+
+
+def frame(ax: Axes, sides: Sequence[np.ndarray]) -> None:
+    """Square frame of ``ax`` around the point sets ``sides``, and how many points it leaves out."""
+    low, high = robust_frame([points for points in sides if len(points)])
+    pad = np.where(high > low, 0.06 * (high - low), 1.0)
+    ax.set_xlim(low[0] - pad[0], high[0] + pad[0])
+    ax.set_ylim(low[1] - pad[1], high[1] + pad[1])
+    ax.set(xticks=[], yticks=[], box_aspect=1)
+    for spine in ax.spines.values():
+        spine.set(visible=True, color=RULE)
+    n_outside = sum(int(((p < low) | (p > high)).any(axis=1).sum()) for p in sides)
+    if n_outside:
+        corner = {"xycoords": "axes fraction", "ha": "right"}
+        small_print(ax, f"{n_outside} outside", (1, 0), (-4, 4), **corner)
+
+
+def plain(values: Any) -> np.ndarray:
+    """Numpy array of an array or a tensor on any device."""
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+
+
+def finite(values: Any, name: str) -> np.ndarray:
+    """:func:`plain` as floats; raises ``ValueError`` for NaN and infinity, naming the first row."""
+    array = plain(values).astype(float)
+    if not np.isfinite(array).all():
+        row = [*np.argwhere(~np.isfinite(array))[0], 0][0]
+        raise ValueError(f"{name} has NaN or infinity, first in row {row}. Leave such rows out.")
+    return array

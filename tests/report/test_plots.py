@@ -345,28 +345,3 @@ def test_crowded_labels_are_left_out_but_never_the_chosen_one(points):
 def test_tradeoff_rejects(points, points_given, options, message):
     with pytest.raises(ValueError, match=message):
         report.tradeoff_curve(points if points_given is None else points_given, **options)
-
-
-# Spectrum
-
-
-@pytest.mark.parametrize("kind", [np.array, torch.tensor])
-def test_spectrum_numbers_the_eigenvalues_from_one(kind):
-    figure = report.spectrum(kind([0.75, 0.5, 0.25]))
-    (line,) = figure.axes[0].lines
-    assert list(line.get_xdata()) == [1, 2, 3]
-    np.testing.assert_array_equal(line.get_ydata(), [0.75, 0.5, 0.25])
-    drawn(figure)
-
-
-@pytest.mark.parametrize(
-    ("eigenvalues", "message"),
-    [
-        ([], "eigenvalues has shape"),
-        ([[0.5]], r"eigenvalues has shape \(1, 1\)"),
-        ([0.5, np.inf], "eigenvalues has NaN or infinity, first in row 1"),
-    ],
-)
-def test_spectrum_rejects(eigenvalues, message):
-    with pytest.raises(ValueError, match=message):
-        report.spectrum(eigenvalues)
