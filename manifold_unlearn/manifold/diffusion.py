@@ -14,6 +14,7 @@ from torch import Tensor
 
 from manifold_unlearn import artifact
 from manifold_unlearn.arrays import Array, Device, as_rows, restore, validate
+from manifold_unlearn.manifold.distances import center_of
 from manifold_unlearn.manifold.kernels import FAR_CUTOFF
 from manifold_unlearn.manifold.landmarks import choose_landmarks, farthest_points
 from manifold_unlearn.manifold.lift import lift
@@ -24,7 +25,7 @@ from manifold_unlearn.manifold.markov import (
     pydiffmap_operator,
     spectrum,
 )
-from manifold_unlearn.manifold.neighbors import NeighborMethod, center_of, check_method
+from manifold_unlearn.manifold.neighbors import NeighborMethod, check_method
 from manifold_unlearn.manifold.nystrom import FittedOperator, extend
 
 __all__ = ["DiffusionMap", "farthest_points"]

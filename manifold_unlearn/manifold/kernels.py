@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from manifold_unlearn.arrays import row_blocks
-from manifold_unlearn.manifold.neighbors import (
-    exact_squared_distances,
-    radius_neighbors,
+from manifold_unlearn.manifold.distances import (
     rounding_error,
     squared_distance_block,
+    squared_norms,
 )
+from manifold_unlearn.manifold.radius import Pairs, pairs_within, radius_neighbors
+from manifold_unlearn.manifold.search import exact_neighbors
 
 CUTOFF = 7.0
 """Least support: pairs with ``r**2 / (4 * bandwidth)`` up to here are kept (weight 9e-4)."""
@@ -104,13 +105,13 @@ def pair_histogram(X: Tensor, scale: Tensor | None = None) -> PairHistogram:
         All rows are equal.
     """
     n_samples = len(X)
-    squared = X.square().sum(1)
+    squared = squared_norms(X)
     n_sampled = min(n_samples, max(256, _SAMPLED_PAIRS // n_samples))
     step = torch.arange(n_sampled, device=X.device) * n_samples // n_sampled
     sampled = squared.argsort(stable=True)[step]
     unit = float(squared.max()) or 1.0
     X = (X / unit**0.5).double()
-    squared = X.square().sum(1)
+    squared = squared_norms(X)
     error = rounding_error(squared)
     n_bins = (_OCTAVES + 14) << _BIN_BITS
     first_bin = (127 - _OCTAVES) << _BIN_BITS
@@ -343,23 +344,22 @@ def kernel_graph(
     width = 4 * tuned.bandwidth
     base = width * tuned.cutoff
     pairs = radius_neighbors(X, base, scale=scale)
-    held = torch.ones(n_samples, dtype=torch.int64, device=X.device)
-    ones = torch.ones_like(pairs.rows)
-    held.index_add_(0, pairs.rows, ones).index_add_(0, pairs.columns, ones)
+    held = 1 + torch.bincount(pairs.rows, minlength=n_samples)
+    held += torch.bincount(pairs.columns, minlength=n_samples)
     support = torch.full((n_samples,), base, dtype=X.dtype, device=X.device)
     few = (held < n_neighbors).nonzero()[:, 0]
-    lists = [[pairs.rows], [pairs.columns], [pairs.squared_distances]]
-    squared = X.square().sum(1)
-    for part in row_blocks(len(few), max(1, 2**24 // n_samples)):
-        rows = few[part]
-        own = None if scale is None else scale[rows]
-        block = scaled_block(X[rows], X, squared[rows], squared, own, scale, rows)
-        support[rows] = support_radius(block, n_neighbors, base, width * FAR_CUTOFF)
-        near, columns = ((block > base) & (block <= support[rows, None])).nonzero(as_tuple=True)
-        lists[0].append(rows[near])
-        lists[1].append(columns)
-        lists[2].append(block[near, columns])
-    first, second, distances = (torch.cat(parts).cpu().numpy() for parts in lists)
+    lists = [pairs]
+    if len(few):
+        own = None if scale is None else scale[few]
+        k = min(n_neighbors, n_samples)
+        near = exact_neighbors(X[few], X, k, scale_A=own, scale_B=scale)[0]
+        support[few] = support_radius(near, base, width * FAR_CUTOFF)
+        beyond = torch.zeros_like(support)
+        wide = pairs_within(X[few], X, support[few], beyond, scale_Q=own, scale_X=scale)
+        keep = (wide.squared_distances > base) & (few[wide.rows] != wide.columns)
+        wide = Pairs(few[wide.rows[keep]], wide.columns[keep], wide.squared_distances[keep])
+        lists.append(wide)
+    first, second, distances = (torch.cat(parts).cpu().numpy() for parts in zip(*lists, strict=True))
     weights = np.exp(-distances.astype(np.float64) / width)
     return KernelGraph(_symmetric(first, second, weights, n_samples, len(pairs.rows)), support)
 
@@ -391,40 +391,14 @@ def two_sided(
     return scipy.sparse.csr_matrix((data, matrix.indices, matrix.indptr), shape=matrix.shape)
 
 
-def scaled_block(
-    Q: Tensor,
-    X: Tensor,
-    squared_Q: Tensor,
-    squared_X: Tensor,
-    scale_Q: Tensor | None = None,
-    scale_X: Tensor | None = None,
-    own: Tensor | None = None,
-) -> Tensor:
-    """Dense block of (scaled) squared distances; those that rounding spoils are computed again.
+def support_radius(squared_distances: Tensor, base: float, far: float) -> Tensor:
+    """Squared support radius of rows with ``squared_distances`` to their nearest rows, ascending.
 
-    ``own`` names the rows of ``X`` that the rows of ``Q`` are: their distance is exactly 0.
+    Reaches the last of these, but at least to ``base`` and at most to ``far``.
     """
-    block = squared_distance_block(Q, X, squared_Q, squared_X)
-    error = rounding_error(squared_Q)[:, None] + rounding_error(squared_X)[None, :]
-    rows, columns = (block <= 1e5 * error).nonzero(as_tuple=True)
-    if len(rows):
-        block[rows, columns] = exact_squared_distances(Q, X, rows, columns)
-    block.clamp_min_(0)
-    if own is not None:
-        block[torch.arange(len(Q), device=Q.device), own] = 0
-    if scale_Q is not None and scale_X is not None:
-        block /= scale_Q[:, None] * scale_X[None, :]
-    return block
-
-
-def support_radius(block: Tensor, n_neighbors: int, base: float, far: float) -> Tensor:
-    """Squared support radius of rows with squared distances ``block`` to all fitted rows.
-
-    Reaches the ``n_neighbors`` nearest, but at least to ``base`` and at most to ``far``.
-    """
-    k = min(n_neighbors, block.shape[1])
-    reach = block.topk(k, dim=1, largest=False, sorted=False).values.amax(1) * (1 + 1e-6)
-    return reach.clamp(min=base, max=min(max(base, far), torch.finfo(block.dtype).max))
+    largest = torch.finfo(squared_distances.dtype).max
+    reach = squared_distances[:, -1] * (1 + 1e-4)
+    return reach.clamp(min=base, max=min(max(base, far), largest))
 
 
 def density_normalized(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from manifold_unlearn.arrays import generator
-from manifold_unlearn.manifold.neighbors import center_of
+from manifold_unlearn.manifold.distances import center_of
 
 
 def choose_landmarks(X: Tensor, n_landmarks: int | None, random_state: Any = None) -> Tensor:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from manifold_unlearn.arrays import row_blocks
-from manifold_unlearn.manifold.kernels import (
-    NEAR,
-    relative_bandwidth_function,
-    scaled_block,
-    support_radius,
-)
+from manifold_unlearn.manifold.kernels import NEAR, relative_bandwidth_function, support_radius
 from manifold_unlearn.manifold.markov import LEAST_EIGENVALUE
+from manifold_unlearn.manifold.radius import Pairs, pairs_within
+from manifold_unlearn.manifold.search import exact_neighbors
+
+_ROWS = 2**16
+"""Rows extended together: their pairs with fitted rows are held at once."""
 
 
 class FittedOperator(NamedTuple):
@@ -73,35 +73,56 @@ def extend(X: Tensor, fitted: FittedOperator) -> Extended:
     are placed by their nearest neighbors.
     """
     landmarks = fitted.landmarks - fitted.center
-    squared = landmarks.square().sum(1)
-    width = 4 * fitted.bandwidth
-    base, far = width * fitted.cutoff, width * fitted.far_cutoff
-    weights = fitted.kernel_sums**-fitted.alpha
     n_components = fitted.eigenfunctions.shape[1]
     result = torch.empty(len(X), n_components, dtype=torch.float64, device=X.device)
     n_far = 0
-    for part in row_blocks(len(X), max(1, 2**22 // len(landmarks))):
+    for part in row_blocks(len(X), _ROWS):
         queries = X[part].to(landmarks.dtype) - fitted.center
-        block = scaled_block(queries, landmarks, queries.square().sum(1), squared)
-        own = torch.ones(len(queries), dtype=block.dtype, device=X.device)
-        if fitted.scale is not None:
-            k = min(NEAR + 1, len(landmarks))
-            near = block.topk(k, dim=1, largest=False, sorted=False).values
-            own, _ = relative_bandwidth_function(
-                near, fitted.intrinsic_dimension, fitted.typical_scale
-            )
-            block = block / (own[:, None] * fitted.scale[None, :])
-        nearest = block.amin(1, keepdim=True)
-        n_far += int((nearest > far).sum())
-        reach = support_radius(block, fitted.n_neighbors, base, far)
-        keep = block <= torch.maximum(reach[:, None], fitted.squared_support[None, :])
-        keep |= block <= nearest + base
-        kernel = torch.where(keep, torch.exp((nearest - block).double() / width), 0.0)
-        kernel *= weights
-        kernel /= kernel.sum(1, keepdim=True)
-        eigenvalues = 1 - fitted.rates * own[:, None].double() ** 2
-        eigenvalues = torch.where(
-            eigenvalues.abs() < LEAST_EIGENVALUE, LEAST_EIGENVALUE, eigenvalues
-        )
-        result[part] = kernel @ fitted.eigenfunctions / eigenvalues
+        result[part], far = _extend_rows(queries, landmarks, fitted)
+        n_far += far
     return Extended(result, n_far)
+
+
+def _extend_rows(
+    queries: Tensor, landmarks: Tensor, fitted: FittedOperator
+) -> tuple[Tensor, int]:
+    width = 4 * fitted.bandwidth
+    base, far = width * fitted.cutoff, width * fitted.far_cutoff
+    own, scales = None, {}
+    if fitted.scale is not None:
+        near, _ = exact_neighbors(queries, landmarks, min(NEAR + 1, len(landmarks)))
+        own, _ = relative_bandwidth_function(near, fitted.intrinsic_dimension, fitted.typical_scale)
+        scales = {"scale_Q": own, "scale_X": fitted.scale}
+    reach = queries.new_full((len(queries),), base)
+    pairs = pairs_within(queries, landmarks, reach, fitted.squared_support, **scales)
+    inside = pairs.rows[pairs.squared_distances <= base]
+    held = torch.bincount(inside, minlength=len(queries))
+    few = (held < fitted.n_neighbors).nonzero()[:, 0]
+    n_far = 0
+    if len(few):
+        some = {"scale_A": own[few], "scale_B": fitted.scale} if own is not None else {}
+        k = min(fitted.n_neighbors, len(landmarks))
+        near, _ = exact_neighbors(queries[few], landmarks, k, **some)
+        n_far = int((near[:, 0] > far).sum())
+        reach = torch.maximum(support_radius(near, base, far), near[:, 0] + base)
+        some = {"scale_Q": own[few], "scale_X": fitted.scale} if own is not None else {}
+        wide = pairs_within(queries[few], landmarks, reach, fitted.squared_support, **some)
+        keep = (held >= fitted.n_neighbors)[pairs.rows]
+        pairs = Pairs(
+            torch.cat([pairs.rows[keep], few[wide.rows]]),
+            torch.cat([pairs.columns[keep], wide.columns]),
+            torch.cat([pairs.squared_distances[keep], wide.squared_distances]),
+        )
+    squared = pairs.squared_distances.double()
+    nearest = squared.new_full((len(queries),), float("inf"))
+    nearest.scatter_reduce_(0, pairs.rows, squared, "amin")
+    weights = torch.exp((nearest[pairs.rows] - squared) / width)
+    weights *= (fitted.kernel_sums**-fitted.alpha)[pairs.columns]
+    shape = (len(queries), len(landmarks))
+    at = torch.stack([pairs.rows, pairs.columns])
+    kernel = torch.sparse_coo_tensor(at, weights, shape, check_invariants=False)
+    sums = torch.zeros_like(nearest).index_add_(0, pairs.rows, weights)
+    squared_own = torch.ones_like(nearest) if own is None else own.double() ** 2
+    eigenvalues = 1 - fitted.rates * squared_own[:, None]
+    eigenvalues = torch.where(eigenvalues.abs() < LEAST_EIGENVALUE, LEAST_EIGENVALUE, eigenvalues)
+    return kernel @ fitted.eigenfunctions / sums[:, None] / eigenvalues, n_far

@@ -10,7 +10,7 @@ from manifold_unlearn.manifold.kernels import (
     pair_histogram,
     tune_bandwidth,
 )
-from manifold_unlearn.manifold.neighbors import center_of
+from manifold_unlearn.manifold.distances import center_of
 
 
 def centered(points):

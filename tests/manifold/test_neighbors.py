@@ -5,7 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 
-from manifold_unlearn.manifold.neighbors import center_of, nearest_neighbors, radius_neighbors
+from manifold_unlearn.manifold.distances import center_of
+from manifold_unlearn.manifold.neighbors import nearest_neighbors
+from manifold_unlearn.manifold.radius import radius_neighbors
 
 
 def cloud(n_samples=300, n_features=12, seed=0):
@@ -30,10 +32,10 @@ def test_searches_another_set():
 
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.integers(20, 400), st.integers(20, 400), st.integers(1, 20), st.booleans())
-def test_answer_does_not_depend_on_blocks(block_rows, block_columns, k, double):
+def test_answer_does_not_depend_on_blocks(rows_per_leaf, block_columns, k, double):
     X = cloud().astype(np.float64 if double else np.float32)
     whole = nearest_neighbors(X, k)
-    parts = nearest_neighbors(X, k, block_rows=block_rows, block_columns=block_columns)
+    parts = nearest_neighbors(X, k, rows_per_leaf=rows_per_leaf, block_columns=block_columns)
     np.testing.assert_allclose(parts.squared_distances, whole.squared_distances, rtol=1e-6)
     assert np.array_equal(parts.indices, whole.indices)
 
@@ -95,13 +97,13 @@ def test_rows_that_are_not_finite_are_named():
         nearest_neighbors(X, 2)
 
 
-@pytest.mark.parametrize("block", [7, 64, 1000])
+@pytest.mark.parametrize("rows_per_leaf", [7, 64, 1000])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_radius_pairs_match_all_distances(block, scaled):
+def test_radius_pairs_match_all_distances(rows_per_leaf, scaled):
     X = torch.from_numpy(cloud(150, 5))
     X = X - center_of(X)
     scale = torch.linspace(0.5, 2, 150, dtype=X.dtype) if scaled else None
-    found = radius_neighbors(X, 4.0, scale=scale, block=block)
+    found = radius_neighbors(X, 4.0, scale=scale, rows_per_leaf=rows_per_leaf)
     expected = torch.cdist(X, X).square()
     if scale is not None:
         expected = expected / (scale[:, None] * scale)

@@ -1,0 +1,172 @@
+"""Rows in leaves of near neighbors, whose boxes tell which leaves are too far apart to matter."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from manifold_unlearn.manifold.distances import center_of, squared_norms
+
+_AXES = 16
+_SAMPLED = 256
+_ROUNDING = 64.0  # multiple of the machine epsilon by which a projection may be off
+
+
+class Frame(NamedTuple):
+    """Orthonormal ``axes`` (n_features, n_axes) through ``center`` (1, n_features)."""
+
+    center: Tensor
+    axes: Tensor
+
+
+class Leaves(NamedTuple):
+    """Rows sorted into leaves, and a box around every leaf.
+
+    Attributes
+    ----------
+    order : Tensor of shape (n_samples,), int64
+        The rows, leaf by leaf.
+    starts : list of int
+        Leaf ``l`` holds ``order[starts[l]:starts[l + 1]]``.
+    low, high : Tensor of shape (n_leaves, n_axes), float64
+        Corners of the boxes in the coordinates of the frame, rounding included.
+    """
+
+    order: Tensor
+    starts: list[int]
+    low: Tensor
+    high: Tensor
+
+
+def leaf_rows(device: torch.device) -> int:
+    """Rows of a leaf that suit the device: a block of distances stays in the cache of a CPU."""
+    return 256 if device.type == "cpu" else 2048
+
+
+def principal_frame(X: Tensor) -> Frame:
+    """The 16 principal axes of at most 256 rows of ``X``; all axes where there are no more.
+
+    Lengths shrink under projection, so distances of projected rows are lower bounds, exact ones,
+    whatever the axes; principal axes make them tight.
+    """
+    center, n_features = center_of(X), X.shape[1]
+    if n_features <= _AXES:
+        return Frame(center, torch.eye(n_features, dtype=X.dtype, device=X.device))
+    step = -(-len(X) // _SAMPLED)
+    sampled = (X[::step] - center).double()
+    sampled = sampled / sampled.abs().max().clamp_min(torch.finfo(sampled.dtype).tiny)
+    values, vectors = torch.linalg.eigh(sampled @ sampled.T)
+    kept = values > values[-1] * 1e-12
+    vectors, values = vectors[:, kept][:, -_AXES:], values[kept][-_AXES:]
+    axes = torch.linalg.qr(sampled.T @ (vectors / values.sqrt())).Q
+    return Frame(center, axes.to(X.dtype))
+
+
+def partition(X: Tensor, frame: Frame, rows_per_leaf: int) -> Leaves:
+    """Sort rows into ``2**m`` leaves of equal size by bisection along the widest axis.
+
+    Parameters
+    ----------
+    X : Tensor of shape (n_samples, n_features)
+    frame : Frame
+    rows_per_leaf : int
+        Leaves hold at most so many rows.
+    """
+    n_samples = len(X)
+    coordinates = (X - frame.center) @ frame.axes
+    margin = _ROUNDING * torch.finfo(X.dtype).eps * squared_norms(X - frame.center).sqrt()
+    levels = max(0, (-(-n_samples // rows_per_leaf) - 1).bit_length())
+    order = torch.arange(n_samples, device=X.device)
+    for level in range(levels + 1):
+        n_leaves = 2**level
+        edges = torch.arange(n_leaves + 1, device=X.device) * n_samples // n_leaves
+        leaf = torch.repeat_interleave(edges.diff(), output_size=n_samples)
+        low, high = _corners(coordinates[order], leaf, n_leaves)
+        if level < levels:
+            along = coordinates[order].gather(1, (high - low).argmax(1)[leaf][:, None])[:, 0]
+            inner = along.argsort(stable=True)
+            order = order[inner[leaf[inner].argsort(stable=True)]]
+    slack = torch.zeros(n_leaves, dtype=X.dtype, device=X.device)
+    slack = slack.scatter_reduce(0, leaf, margin[order], "amax")[:, None].double()
+    return Leaves(order, edges.tolist(), low.double() - slack, high.double() + slack)
+
+
+def _corners(coordinates: Tensor, leaf: Tensor, n_leaves: int) -> tuple[Tensor, Tensor]:
+    at = leaf[:, None].expand_as(coordinates)
+    empty = coordinates.new_empty(n_leaves, coordinates.shape[1])
+    low = empty.scatter_reduce(0, at, coordinates, "amin", include_self=False)
+    return low, empty.scatter_reduce(0, at, coordinates, "amax", include_self=False)
+
+
+def squared_gaps(first: Leaves, second: Leaves) -> Tensor:
+    """``(n_first, n_second)`` lower bounds, float64, of squared distances between leaves' rows."""
+    shape = (len(first.low), len(second.low))
+    gaps = torch.zeros(shape, dtype=torch.float64, device=first.low.device)
+    for axis in range(first.low.shape[1]):
+        above = first.low[:, None, axis] - second.high[None, :, axis]
+        below = second.low[None, :, axis] - first.high[:, None, axis]
+        gaps += torch.maximum(above, below).clamp_min_(0).square_()
+    return gaps * (1 - 1e-6)
+
+
+def rows_of(leaves: Leaves, chosen: Tensor) -> Tensor | slice:
+    """Positions in ``order`` of the rows of the leaves ``chosen``; a slice where they adjoin."""
+    picked = chosen.sort().values.tolist()
+    if picked[-1] - picked[0] == len(picked) - 1:
+        return slice(leaves.starts[picked[0]], leaves.starts[picked[-1] + 1])
+    device = leaves.order.device
+    return torch.cat(
+        [torch.arange(leaves.starts[p], leaves.starts[p + 1], device=device) for p in picked]
+    )
+
+
+class Searched(NamedTuple):
+    """Rows ``asking`` and the ``rows`` they search, both sorted into leaves.
+
+    ``center`` (1, n_features) is that of the rows searched; ``gaps`` (n_asking_leaves, n_leaves) are lower bounds of squared distances, divided by the
+    product of the two rows' ``scales`` where there are any.
+    """
+
+    asking: Tensor
+    asking_leaves: Leaves
+    asking_scales: Tensor | None
+    rows: Tensor
+    leaves: Leaves
+    scales: Tensor | None
+    center: Tensor
+    gaps: Tensor
+
+
+def prepare(
+    A: Tensor,
+    B: Tensor | None,
+    scale_A: Tensor | None = None,
+    scale_B: Tensor | None = None,
+    rows_per_leaf: int | None = None,
+) -> Searched:
+    """Sort ``B`` and ``A`` into leaves; for None ``B`` is ``A`` itself."""
+    searched = A if B is None else B
+    size = rows_per_leaf or leaf_rows(A.device)
+    frame = principal_frame(searched)
+    leaves = partition(searched, frame, size)
+    rows = searched[leaves.order]
+    scales = scale_A if B is None else scale_B
+    scales = None if scales is None else scales[leaves.order]
+    if B is None:
+        asked, asking, asking_scales = rows, leaves, scales
+    else:
+        asking = partition(A, frame, size)
+        asked = A[asking.order]
+        asking_scales = None if scale_A is None else scale_A[asking.order]
+    gaps = squared_gaps(asking, leaves)
+    if asking_scales is not None and scales is not None:
+        gaps /= leaf_maxima(asking, asking_scales)[:, None] * leaf_maxima(leaves, scales)
+    return Searched(asked, asking, asking_scales, rows, leaves, scales, frame.center, gaps)
+
+
+def leaf_maxima(leaves: Leaves, values: Tensor) -> Tensor:
+    """Largest of the ``values`` (n_samples,), in the order of the leaves, of every leaf."""
+    lengths = torch.tensor(leaves.starts, device=values.device).diff()
+    return torch.segment_reduce(values, "max", lengths=lengths)

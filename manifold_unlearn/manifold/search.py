@@ -1,0 +1,228 @@
+"""Exact search for the k nearest rows, by blocks of matrix products over leaves of rows.
+
+Leaves (:mod:`~manifold_unlearn.manifold.partition`) too far from a row's candidates are left out:
+most of them on data of low dimension. Where few can be, the search goes through all rows in order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from manifold_unlearn.arrays import row_blocks
+from manifold_unlearn.manifold.distances import (
+    rounding_error,
+    squared_distance_block,
+    squared_norms,
+)
+from manifold_unlearn.manifold.partition import Searched, prepare, rows_of
+
+_SPARE = 8  # candidates kept beyond k, so that rounding in the matrix product reorders none away
+_PROBED = 4  # leaves from which the part of the leaves that a search visits is guessed
+_FLAT = 0.4  # above, the search goes through all rows in order
+_FLAT_ROWS = 1024
+_GROUP = 16  # columns of which the smallest stands for all, before the k smallest are sought
+
+
+def exact_neighbors(
+    A: Tensor,
+    B: Tensor | None,
+    k: int,
+    *,
+    scale_A: Tensor | None = None,
+    scale_B: Tensor | None = None,
+    first_pass: torch.dtype | None = None,
+    block_columns: int = 8192,
+    rows_per_leaf: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Squared distances and indices ``(len(A), k)`` of the nearest rows, nearest first.
+
+    Parameters
+    ----------
+    A : Tensor of shape (n_samples, n_features), float32 or float64
+    B : Tensor of shape (n_searched, n_features) or None
+        None: ``A`` itself, each row's own entry left out.
+    k : int
+    scale_A, scale_B : Tensor of shape (n_samples,) and (n_searched,), optional
+        Squared distances are divided by the product of the two rows' scales.
+    first_pass : torch.dtype, optional
+        Dtype of the matrix products, half precision; twice as many candidates are kept, and
+        ranked by their distances in the dtype of ``A``, but none is certain.
+    block_columns : int
+        Columns of one block of distances.
+    rows_per_leaf : int, optional
+    """
+    searched = prepare(A, B, scale_A, scale_B, rows_per_leaf)
+    order, starts = searched.asking_leaves.order, searched.asking_leaves.starts
+    distances = torch.empty(len(A), k, dtype=A.dtype, device=A.device)
+    indices = torch.empty(len(A), k, dtype=torch.int64, device=A.device)
+    certain = torch.empty(len(A), dtype=torch.bool, device=A.device)
+    flat = first_pass is not None or _visited(searched, k) > _FLAT
+    parts = row_blocks(len(A), _FLAT_ROWS) if flat else map(slice, starts[:-1], starts[1:])
+    for leaf, part in enumerate(parts):
+        search = _LeafSearch(searched, part, k, own=B is None, flat=flat, first_pass=first_pass)
+        if flat:
+            for columns in row_blocks(len(searched.rows), block_columns):
+                search.look_at(columns)
+        else:
+            search.look_near(searched.gaps[leaf], block_columns)
+        at = order[part]
+        distances[at], indices[at], certain[at] = search.result()
+    if A.dtype == torch.float32 and first_pass is None and not bool(certain.all()):
+        doubtful = (~certain).nonzero()[:, 0]
+        wide, at = exact_neighbors(
+            A[doubtful].double(),
+            (A if B is None else B).double(),
+            k + (B is None),
+            scale_A=None if scale_A is None else scale_A[doubtful].double(),
+            scale_B=None if scale_B is None else scale_B.double(),
+        )
+        if B is None:
+            keep = without_own(at, doubtful)
+            wide, at = wide[keep].reshape(-1, k), at[keep].reshape(-1, k)
+        distances[doubtful], indices[doubtful] = wide.float(), at
+    return distances, indices
+
+
+def without_own(indices: Tensor, own: Tensor) -> Tensor:
+    """Mask of the entries but each row's ``own``, or but the last where that is not there."""
+    keep = indices != own[:, None]
+    keep[keep.all(1), -1] = False
+    return keep
+
+
+def _visited(searched: Searched, k: int) -> float:
+    """Part of the leaves that a search will visit, guessed from a few leaves."""
+    starts, n_leaves = searched.asking_leaves.starts, len(searched.gaps)
+    share = 0.0
+    probes = range(0, n_leaves, -(-n_leaves // _PROBED))
+    for leaf in probes:
+        gaps = searched.gaps[leaf]
+        near = searched.rows[rows_of(searched.leaves, gaps.argsort()[:4])] - searched.center
+        queries = searched.asking[starts[leaf] : starts[leaf + 1]] - searched.center
+        block = squared_distance_block(queries, near, squared_norms(queries), squared_norms(near))
+        reach = block.topk(min(k, len(near)), dim=1, largest=False).values[:, -1].max()
+        share += float((gaps <= reach).double().mean())
+    return share / len(probes)
+
+
+class _LeafSearch:
+    """The best candidates so far for the rows ``part`` that ask."""
+
+    def __init__(
+        self,
+        searched: Searched,
+        part: slice,
+        k: int,
+        *,
+        own: bool,
+        flat: bool,
+        first_pass: torch.dtype | None,
+    ) -> None:
+        self.searched, self.k, self.first_pass = searched, k, first_pass
+        self.queries, self.scales = searched.asking[part], searched.asking_scales
+        if self.scales is not None:
+            self.scales = self.scales[part]
+        self.own = torch.arange(part.start, part.stop, device=self.queries.device) if own else None
+        self.center = searched.center if flat else self.queries.mean(0, keepdim=True)
+        self.centered = self.queries - self.center
+        self.squared = squared_norms(self.centered)
+        self.available = len(searched.rows) - own
+        self.kept = min(k + _SPARE if first_pass is None else 2 * k + _SPARE, self.available)
+        self.best = self.centered.new_empty(len(self.queries), 0)
+        self.at = torch.empty((len(self.queries), 0), dtype=torch.int64, device=self.best.device)
+
+    def look_near(self, gaps: Tensor, block_columns: int) -> None:
+        """Look at leaves by their gaps, until no other can hold a better candidate."""
+        leaves = self.searched.leaves
+        gaps, visit = gaps.sort(stable=True)
+        n_leaves, size = len(gaps), leaves.starts[1] + 1
+        done, wanted = 0, max(4 * self.kept, 4 * size)
+        while done < n_leaves:
+            stop = min(done + max(1, wanted // size), n_leaves)
+            if self.best.shape[1] == self.kept:
+                worst = (self.best.amax(1) + self._slack()).max()
+                stop = min(stop, int((gaps <= worst).sum()))
+            if stop <= done:
+                return
+            self.look_at(rows_of(leaves, visit[done:stop]))
+            done, wanted = stop, block_columns
+
+    def _slack(self) -> Tensor:
+        """Rounding error of the squared distances up to the farthest candidate, for each row."""
+        # that of a far row grows with its norm, but so does its distance: |y| <= |x| + |x - y|
+        farthest = self.best.amax(1).clamp_min(0)
+        if self.scales is None or self.searched.scales is None:
+            return 3 * rounding_error(self.squared) + 2 * rounding_error(farthest)
+        unit = self.scales * float(self.searched.scales.min())
+        most = self.scales * float(self.searched.scales.max())
+        return (3 * rounding_error(self.squared) + 2 * rounding_error(farthest * most)) / unit
+
+    def look_at(self, columns: Tensor | slice) -> None:
+        """Keep the best of the candidates kept and the rows at ``columns``, ascending."""
+        other = self.searched.rows[columns] - self.center
+        block = self._distances(other, columns)
+        first = columns.start if isinstance(columns, slice) else 0
+        numbers = None if isinstance(columns, slice) else columns
+        if self.own is not None:
+            place = self.own - first
+            if numbers is not None:
+                place = torch.searchsorted(numbers, self.own).clamp_max_(len(numbers) - 1)
+                inside = numbers[place] == self.own
+            else:
+                inside = (place >= 0) & (place < block.shape[1])
+            rows = inside.nonzero()[:, 0]
+            block[rows, place[rows]] = float("inf")
+        values, at = _smallest(block, self.kept)
+        at = at + first if numbers is None else numbers[at]
+        best, at = torch.cat([self.best, values], 1), torch.cat([self.at, at], 1)
+        if best.shape[1] > self.kept:
+            best, order = best.topk(self.kept, dim=1, largest=False, sorted=False)
+            at = at.gather(1, order)
+        self.best, self.at = best, at
+
+    def _distances(self, other: Tensor, columns: Tensor | slice) -> Tensor:
+        squared = squared_norms(other)
+        if self.first_pass is None:
+            block = squared_distance_block(self.centered, other, self.squared, squared)
+        else:
+            product = self.centered.to(self.first_pass) @ other.to(self.first_pass).T
+            block = (self.squared[:, None] + squared).sub_(product, alpha=2)
+        if self.scales is not None and self.searched.scales is not None:
+            block /= self.scales[:, None] * self.searched.scales[columns]
+        return block
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Distances, indices and certainty: that no row left out is nearer than the k-th kept."""
+        numbers, order = self.searched.leaves.order[self.at].sort(dim=1)
+        at, exact = self.at.gather(1, order), torch.empty_like(self.best)
+        chunk = 2**18 // (self.queries.shape[1] * self.kept) if at.is_cpu else 1024
+        for part in row_blocks(len(at), max(1, chunk)):
+            difference = self.searched.rows[at[part]].sub_(self.queries[part, None])
+            exact[part] = squared_norms(difference)
+        if self.scales is not None and self.searched.scales is not None:
+            exact /= self.scales[:, None] * self.searched.scales[at]
+        exact, order = exact.sort(dim=1, stable=True)
+        certain = exact[:, self.k - 1] + self._slack() <= self.best.amax(1)
+        certain |= self.kept == self.available
+        return exact[:, : self.k], numbers.gather(1, order)[:, : self.k], certain
+
+
+def _smallest(block: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` smallest of each row and their columns, in no order.
+
+    Wide rows are folded first: the k smallest lie in the k groups of smallest minima.
+    """
+    n_rows, width = block.shape
+    k = min(k, width)
+    folds = width // _GROUP
+    if folds < 2 * k:
+        return block.topk(k, dim=1, largest=False, sorted=False)
+    folded = block[:, : folds * _GROUP].reshape(n_rows, _GROUP, folds)
+    group = folded.amin(1).topk(k, dim=1, largest=False, sorted=False).indices
+    steps = torch.arange(_GROUP, device=block.device) * folds
+    at = (group[:, :, None] + steps).reshape(n_rows, -1)
+    rest = torch.arange(folds * _GROUP, width, device=block.device).expand(n_rows, -1)
+    at = torch.cat([at, rest], dim=1)
+    values, order = block.gather(1, at).topk(k, dim=1, largest=False, sorted=False)
+    return values, at.gather(1, order)
