@@ -383,7 +383,9 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
         self.bandwidth_ = operator.tuned.bandwidth
         self.intrinsic_dimension_ = operator.tuned.intrinsic_dimension
         self.cutoff_, self.n_neighbors_ = operator.tuned.cutoff, n_neighbors
-        self.far_cutoff_ = FAR_CUTOFF if self.backend == "torch" else 1e30
+        self.offset_ = operator.tuned.offset
+        reach = FAR_CUTOFF + self.offset_ / (4 * self.bandwidth_)
+        self.far_cutoff_ = reach if self.backend == "torch" else 1e30
         self.n_components_connected_ = int(found.component.max()) + 1
         for name, values in found._asdict().items():
             setattr(self, f"{name}_", values)
@@ -433,6 +435,7 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
             typical_scale=self.typical_scale_ if variable else 1.0,
             intrinsic_dimension=self.intrinsic_dimension_,
             bandwidth=self.bandwidth_,
+            offset=self.offset_,
             alpha=self.alpha_,
             cutoff=self.cutoff_,
             far_cutoff=self.far_cutoff_,

@@ -35,7 +35,7 @@ _OCTAVES = 90  # of squared distances told apart, below the largest
 _FLAT = 1.08  # a plateau's largest over smallest dimension, the sampling error apart
 _LEVEL = 0.04  # how far its ends may leave its median, the sampling error apart
 _MARGIN = 2.0  # bandwidths are kept so far below the plateau's end, where other sheets come near
-_NOISE_SHARE = 2.0  # exponent of the kernel up to which noise may use it up
+_NOISY = 0.1  # squared noise, over 4 * bandwidth, from which it is taken off the distances
 _TRUSTED = 2000.0  # effective pairs from which the variance of the exponent is trusted
 _TRUSTED_THIRD = 8000.0  # and its third cumulant
 _LEAST_PLATEAU = 1.5  # octaves; anything shorter is no plateau
@@ -70,6 +70,9 @@ class Bandwidth(NamedTuple):
         Mean squared distance that noise adds to a pair, squared units of the data.
     cutoff : float
         ``r**2 / (4 * eps)`` at which the support ends.
+    offset : float
+        Taken off squared distances, down to 0, before the kernel: the noise of both rows, which
+        every pair has but a row and itself (El Karoui and Wu 2016); 0 where it is slight.
     """
 
     bandwidth: float
@@ -77,6 +80,7 @@ class Bandwidth(NamedTuple):
     plateau: tuple[float, float]
     squared_noise: float
     cutoff: float
+    offset: float = 0.0
 
 
 class KernelGraph(NamedTuple):
@@ -193,9 +197,10 @@ def tune_bandwidth(
         first, last = _longest_plateau(half, error)
     found = last - first >= _LEAST_PLATEAU * _GRID_PER_OCTAVE
     height = float(np.median(half[first : last + 1]) if found else variance[trusted].max())
+    noise = float(np.median((4 * grid * (mean - variance))[first : last + 1])) if found else 0.0
+    noise, offset = max(0.0, noise), 0.0
     if bandwidth is None:
-        # noise takes exp(-(mean - variance)) off every pair but the row's own: no loss of neighbors
-        degrees = counts @ weights * np.exp(np.clip(mean - variance, 0, _NOISE_SHARE))
+        degrees = counts @ np.exp(-np.maximum(values[:, None] - noise, 0) / (4 * grid))
         # a density estimate from m neighbors has variance 2**(-d / 2) / m: alike for a curve
         curve = 2 ** max(0.0, 1 - height)
         wanted = min(curve * n_neighbors / 4, 1 + n_samples / 10, (n_samples - 1) / 2)
@@ -205,17 +210,19 @@ def tune_bandwidth(
             bandwidth = min(bandwidth, grid[last] / _MARGIN)
             bandwidth = max(bandwidth, grid[first])
             bandwidth = max(bandwidth, least)
-    noise = float(np.median((4 * grid * (mean - variance))[first : last + 1])) if found else 0.0
-    weighted = total * np.exp(-values / (4 * bandwidth))
+        if noise > _NOISY * 4 * bandwidth:
+            offset = noise
+    weighted = total * np.exp(-np.maximum(values - offset, 0) / (4 * bandwidth))
     beyond = weighted.sum() - np.cumsum(weighted)
     inside = int(np.searchsorted(-beyond, -_LOST_MASS * (weighted.sum() + n_sampled)))
-    cutoff = float(values[min(inside, len(values) - 1)] / (4 * bandwidth))
+    cutoff, shift = values[min(inside, len(values) - 1)] / (4 * bandwidth), offset / (4 * bandwidth)
     return Bandwidth(
         float(bandwidth),
         2 * height,
         (float(grid[first]), float(grid[last])) if found else (float(bandwidth),) * 2,
-        max(0.0, noise),
-        float(np.clip(cutoff, CUTOFF, FAR_CUTOFF)),
+        noise,
+        float(np.clip(cutoff, CUTOFF + shift, FAR_CUTOFF + shift)),
+        offset,
     )
 
 
@@ -273,7 +280,8 @@ def fit_support(
     if needed <= limit:
         return tuned
     allowed = float(np.interp(limit, average, histogram.values))
-    mass = histogram.counts.sum(0) * np.exp(-histogram.values / (4 * tuned.bandwidth))
+    excess = np.maximum(histogram.values - tuned.offset, 0)
+    mass = histogram.counts.sum(0) * np.exp(-excess / (4 * tuned.bandwidth))
     lost = mass[histogram.values > allowed].sum() / (mass.sum() + len(histogram.counts))
     enough = int(np.ceil(needed / _WIDENING))
     warnings.warn(
@@ -353,14 +361,14 @@ def kernel_graph(
         own = None if scale is None else scale[few]
         k = min(n_neighbors, n_samples)
         near = exact_neighbors(X[few], X, k, scale_A=own, scale_B=scale)[0]
-        support[few] = support_radius(near, base, width * FAR_CUTOFF)
+        support[few] = support_radius(near, base, tuned.offset + width * FAR_CUTOFF)
         beyond = torch.zeros_like(support)
         wide = pairs_within(X[few], X, support[few], beyond, scale_Q=own, scale_X=scale)
         keep = (wide.squared_distances > base) & (few[wide.rows] != wide.columns)
         wide = Pairs(few[wide.rows[keep]], wide.columns[keep], wide.squared_distances[keep])
         lists.append(wide)
     first, second, distances = (torch.cat(parts).cpu().numpy() for parts in zip(*lists, strict=True))
-    weights = np.exp(-distances.astype(np.float64) / width)
+    weights = np.exp(-np.maximum(distances.astype(np.float64) - tuned.offset, 0) / width)
     return KernelGraph(_symmetric(first, second, weights, n_samples, len(pairs.rows)), support)
 
 

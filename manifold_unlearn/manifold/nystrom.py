@@ -36,7 +36,7 @@ class FittedOperator(NamedTuple):
         Variable bandwidth ``rho``, in units of ``typical_scale``; None where it is 1.
     typical_scale, intrinsic_dimension : float
         What ``rho`` of new rows is made with.
-    bandwidth, alpha : float
+    bandwidth, offset, alpha : float
     cutoff, far_cutoff : float
         ``r**2 / (4 * bandwidth)`` to which every kernel reaches, and beyond which none does.
     n_neighbors : int
@@ -52,6 +52,7 @@ class FittedOperator(NamedTuple):
     typical_scale: float
     intrinsic_dimension: float
     bandwidth: float
+    offset: float
     alpha: float
     cutoff: float
     far_cutoff: float
@@ -113,7 +114,7 @@ def _extend_rows(
             torch.cat([pairs.columns[keep], wide.columns]),
             torch.cat([pairs.squared_distances[keep], wide.squared_distances]),
         )
-    squared = pairs.squared_distances.double()
+    squared = (pairs.squared_distances.double() - fitted.offset).clamp_min_(0)
     nearest = squared.new_full((len(queries),), float("inf"))
     nearest.scatter_reduce_(0, pairs.rows, squared, "amin")
     weights = torch.exp((nearest[pairs.rows] - squared) / width)
