@@ -47,7 +47,7 @@ class Config:
     seeds: int = 3
     """Samples of every known manifold that our maps are fitted to."""
     rival_seeds: int = 1
-    """Of them fitted by the peers too."""
+    """Of them fitted by the peers too; one less of those with noise."""
     dimension_seeds: int = 1
     """Samples of every sphere whose dimension is estimated."""
     neighbor_sizes: tuple[str, ...] = ("10000x768",)
@@ -57,6 +57,7 @@ class Config:
     geodesic_rows: tuple[int, ...] = (5000, 20000)
     repeats: int = 2
     """Fresh processes a measurement of cost is made in; accuracy alone is measured once a seed."""
+    geodesic_repeats: int = 1
     patience: float = 15.0
     """CPU seconds, with imports and warm-up, from which a measurement is not repeated."""
     timeout: float = 120.0
@@ -87,13 +88,13 @@ PRESETS = {
         compiled_on=("clusters", "power law", "roll"),
         fit_sizes=("2000x128", "10000x128", "10000x768", "50000x768"),
         repeats=5,
+        geodesic_repeats=3,
         patience=200.0,
         timeout=1800.0,
         memory_gib=48.0,
     ),
 }
 ON_CUDA = {"ours", "gemm", "faiss", "torchdr"}
-REPEATED = {"gemm", "neighbors", "geodesics"}
 
 
 def words(values: tuple[str, ...]) -> list[str]:
@@ -137,12 +138,17 @@ class Bench:
         data = self.directory / "data.npz"
         np.savez(data, **arrays)
         found: dict[tuple, list[dict]] = {one: [] for one in runs}
-        repeated = case.task in REPEATED or case.name.startswith("cost")
-        for repeat in range(self.config.repeats if repeated else 1):
+        for repeat in range(self.repeats(case)):
             for one in runs[:: -1 if repeat % 2 else 1]:
                 if self.worth_repeating(found[one]):
                     found[one].append(self.child(case, one, data, judge))
         return [self.row(case, one, reports) for one, reports in found.items()]
+
+    def repeats(self, case: Case) -> int:
+        if case.section == "geodesics":
+            return self.config.geodesic_repeats
+        cost = case.section == "neighbors" or case.name.startswith("cost")
+        return self.config.repeats if cost else 1
 
     def worth_repeating(self, reports: list[dict]) -> bool:
         if not reports:
@@ -230,30 +236,45 @@ def merged(old: list[dict], new: list[dict]) -> list[dict]:
     return list(rows.values())
 
 
-def run(config: Config, preset: str, *, say: Any = print) -> dict:
+def earlier(preset: str) -> dict:
+    """What the preset's file holds."""
     path = RESULTS / f"{preset}.json"
-    before = json.loads(path.read_text()) if path.is_file() else {}
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def run(config: Config, preset: str) -> dict:
+    """Measure, and write after every case, so that what was interrupted goes on where it was."""
     began = time.perf_counter()
     fresh: list[dict] = []
+    result = earlier(preset)
     with tempfile.TemporaryDirectory() as directory:
         bench = Bench(config, Path(directory))
         for case in chosen_cases(config):
             rows = bench.measure(case)
+            for line in lines(rows, result.get("rows", [])):
+                print(line, flush=True)
             fresh += rows
-            for line in lines(rows, before.get("rows", [])):
-                say(line, flush=True)
-    seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - began
+            result = whole(config, preset, earlier(preset), fresh, bench, seconds)
+            artifact.write_json(RESULTS / f"{preset}.json", result)
+    return result
+
+
+def whole(
+    config: Config, preset: str, before: dict, fresh: list[dict], bench: Bench, seconds: float
+) -> dict:
+    """The preset's file with the rows ``fresh`` in it."""
     rows = merged(before.get("rows", []), fresh)
-    kept = {k: v for k, v in asdict(config).items()
-            if k not in ("only", "cases", "libraries", "peer_python")}  # fmt: skip
+    chosen = {"only", "cases", "libraries", "peer_python"}
     around = environment()
-    versions = before.get("versions", {}) | around["versions"] | bench.versions
-    whole = len({row["run"] for row in rows}) == 1
+    runs = before.get("runs", {}) | {bench.run: seconds}
+    runs = {run: runs[run] for run in sorted({row["run"] for row in rows})}
     return {
-        "config": kept,
-        "versions": versions,
+        "config": {name: value for name, value in asdict(config).items() if name not in chosen},
+        "versions": before.get("versions", {}) | around["versions"] | bench.versions,
         "hardware": around["hardware"] | {"cpus": os.cpu_count(), "threads": config.n_threads},
-        "seconds": seconds if whole else before.get("seconds", 0.0) + seconds,
+        "seconds": sum(runs.values()),
+        "runs": runs,
         "rows": rows,
         "claims": claims(rows, COMMAND.format(preset)),
     }
@@ -261,9 +282,7 @@ def run(config: Config, preset: str, *, say: Any = print) -> dict:
 
 def main() -> None:
     preset, config = parse(PRESETS, __doc__)
-    result = run(config, preset)
-    artifact.write_json(RESULTS / f"{preset}.json", result)
-    for claim in result["claims"]:
+    for claim in run(config, preset)["claims"]:
         word = "holds" if claim["holds"] else "FAILS" if claim["value"] is not None else "not run"
         value = "" if claim["value"] is None else f"{claim['value']:.4g} "
         print(f"{word:8}{claim['claim']}: {value}(target {claim['target']})")

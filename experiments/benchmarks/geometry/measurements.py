@@ -22,6 +22,7 @@ class Sizes(Protocol):
     rival_seeds: int
     neighbor_sizes: tuple[str, ...]
     compiled_on: tuple[str, ...]
+    device: tuple[str, ...]
     fit_sizes: tuple[str, ...]
     geodesic_rows: tuple[int, ...]
     dimension_seeds: int
@@ -89,10 +90,11 @@ def neighbor_cases(config: Sizes) -> Iterator[Case]:
                    lambda: ({}, lambda _: {}), shape)  # fmt: skip
         for name, draw in (("clusters", clusters), ("power law", power_law), ("roll", roll)):
             compiled = ("pynndescent",) if name in config.compiled_on else ()
-            methods = {"ours": ("exact", "auto")} | libraries("faiss", *compiled)
+            methods = libraries("faiss", *compiled) | {"ours": ("exact",)}
             if name == "power law":  # exact search costs the same whatever the data
-                methods |= {"ours": ("exact", "auto", "half")}
-                methods |= libraries("scikit_learn", "torchdr")
+                methods |= libraries("scikit_learn", "torchdr") | {"ours": ("exact", "auto")}
+                if any("cuda" in device for device in config.device):  # slow where emulated
+                    methods |= {"ours": ("exact", "auto", "half")}
 
             def make(n: int = n, d: int = d, draw: Callable = draw) -> tuple:
                 X = draw(n, d).astype(np.float32)
@@ -176,7 +178,8 @@ def accuracy_cases(config: Sizes) -> Iterator[Case]:
                 sample = draw(seed)
                 return {"X": sample.points}, lambda answer: judge_map(answer, sample)
 
-            peers = PEERS if seed < config.rival_seeds else ()
+            few = config.rival_seeds - ("noise" in name)
+            peers = PEERS if seed < few else ()
             yield Case("diffusion", name, "diffusion", libraries("ours", *peers), make,
                        {"n_components": n_components, "n_neighbors": 64}, seed)  # fmt: skip
 
