@@ -62,8 +62,8 @@ class Config:
     """CPU seconds, with imports and warm-up, from which a measurement is not repeated."""
     timeout: float = 120.0
     """Wall seconds after which a measurement counts as failed."""
-    memory_gib: float = 12.0
-    """Memory beyond which a measurement fails."""
+    memory_gib: float = 16.0
+    """Memory beyond which a measurement fails; less where less is free."""
     n_threads: int = 1
     """Of every library: CPU seconds then count work, not waiting."""
     only: tuple[str, ...] = ()
@@ -91,7 +91,6 @@ PRESETS = {
         geodesic_repeats=3,
         patience=200.0,
         timeout=1800.0,
-        memory_gib=48.0,
     ),
 }
 ON_CUDA = {"ours", "gemm", "faiss", "torchdr"}
@@ -107,6 +106,9 @@ def chosen_cases(config: Config) -> list[Case]:
     if unknown := sorted(set(sections) - set(SECTIONS)):
         raise SystemExit(f"--only names {unknown}; there are {list(SECTIONS)}.")
     made = [case for name in sections for yielder in SECTIONS[name] for case in yielder(config)]
+    known = {library for case in made for library in case.methods}
+    if unknown := sorted(set(words(config.libraries)) - known):
+        raise SystemExit(f"--libraries names {unknown}; there are {sorted(known)}.")
     return [c for c in made if not config.cases or any(part in c.name for part in config.cases)]
 
 
@@ -116,6 +118,9 @@ class Bench:
     def __init__(self, config: Config, directory: Path) -> None:
         self.config, self.directory = config, directory
         self.pythons = dict(word.split("=", 1) for word in words(config.peer_python))
+        for name, path in self.pythons.items():
+            if not Path(path).is_file():
+                raise SystemExit(f"--peer-python {name}={path}: no such file.")
         self.versions: dict[str, str] = {}
         self.run = datetime.now(UTC).isoformat(timespec="seconds")
         self.not_run: dict[tuple[str, str], str] = {}
@@ -267,13 +272,14 @@ def whole(
     rows = merged(before.get("rows", []), fresh)
     chosen = {"only", "cases", "libraries", "peer_python"}
     around = environment()
-    runs = before.get("runs", {}) | {bench.run: seconds}
+    one = {"seconds": seconds, "git": around["versions"].pop("git")}
+    runs = before.get("runs", {}) | {bench.run: one}
     runs = {run: runs[run] for run in sorted({row["run"] for row in rows})}
     return {
         "config": {name: value for name, value in asdict(config).items() if name not in chosen},
         "versions": before.get("versions", {}) | around["versions"] | bench.versions,
         "hardware": around["hardware"] | {"cpus": os.cpu_count(), "threads": config.n_threads},
-        "seconds": sum(runs.values()),
+        "seconds": sum(one["seconds"] for one in runs.values()),
         "runs": runs,
         "rows": rows,
         "claims": claims(rows, COMMAND.format(preset)),

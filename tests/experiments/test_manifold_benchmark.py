@@ -52,6 +52,10 @@ def test_the_parts_to_run_are_given_with_spaces_or_commas(bench):
     assert {case.section for case in bench.chosen_cases(config)} == {"geodesics", "dimension"}
     with pytest.raises(SystemExit, match=r"--only names \['speed'\]"):
         bench.chosen_cases(bench.Config(only=("speed",)))
+    with pytest.raises(SystemExit, match=r"--libraries names \['pydifmap'\]"):
+        bench.chosen_cases(bench.Config(libraries=("ours,pydifmap",)))
+    with pytest.raises(SystemExit, match="faiss=nowhere: no such file"):
+        bench.Bench(bench.Config(peer_python=("faiss=nowhere",)), Path())
 
 
 def test_an_exact_answer_is_judged_perfect_and_a_wrong_one_is_not(bench):
@@ -170,7 +174,7 @@ def test_a_module_that_is_missing_is_not_run(tmp_path):
     np.savez(tmp_path / "data.npz", X=np.zeros((4, 2)))
     names = {name: str(tmp_path / name) for name in ("report", "answer")}
     job = {"task": "dimension", "library": "dadapy", "method": "two_nn", "device": "cpu",
-           "memory_gib": 0, "options": {}, "data": str(tmp_path / "data.npz"), **names}  # fmt: skip
+           "memory_gib": 8, "options": {}, "data": str(tmp_path / "data.npz"), **names}  # fmt: skip
     (tmp_path / "job.json").write_text(json.dumps(job))
     subprocess.run([sys.executable, "-c", code], check=True)
     assert "dadapy" in json.loads((tmp_path / "report").read_text())["not_run"]

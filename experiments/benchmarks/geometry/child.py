@@ -58,6 +58,15 @@ def resident_mib(key: str) -> float:
     return int(line.split()[1]) / 1024
 
 
+def available_gib() -> float:
+    """Memory that can be had without pushing anyone out."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return float("inf")
+    lines = meminfo.read_text().splitlines()
+    return int(next(line for line in lines if "MemAvailable" in line).split()[1]) / 2**20
+
+
 def forget_peak() -> None:
     """Give freed memory back and let the peak begin anew."""
     gc.collect()
@@ -168,8 +177,8 @@ class Task:
 
 def run(job: dict) -> dict:
     library, task, device = job["library"], job["task"], job["device"]
-    if job["memory_gib"] and device == "cpu":
-        limit = int(job["memory_gib"] * 2**30)
+    if device == "cpu":
+        limit = int(min(job["memory_gib"], 0.8 * available_gib()) * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     if device == "cuda":
         import torch
