@@ -164,6 +164,16 @@ def test_a_measurement_runs_in_a_process_of_its_own(bench, tmp_path, library, wo
         assert report["peak_mib"] >= 0
 
 
+def test_a_measurement_that_takes_too_long_has_failed(bench, tmp_path):
+    config = bench.Config(neighbor_sizes=("700x5",), fit_sizes=(), seeds=1, timeout=1)
+    (case,) = [c for c in bench.chosen_cases(config) if c.name == "roll, 700x5"]
+    arrays, judge = case.make()
+    np.savez(tmp_path / "data.npz", **arrays)
+    one = ("ours", "exact", "cpu")  # the imports alone take longer
+    report = bench.Bench(config, tmp_path).child(case, one, tmp_path / "data.npz", judge)
+    assert report == {"error": "not done after 1 CPU seconds", "timed_out": True}
+
+
 def test_a_module_that_is_missing_is_not_run(tmp_path):
     code = (
         "import sys, json; sys.modules['dadapy'] = None\n"
@@ -174,7 +184,8 @@ def test_a_module_that_is_missing_is_not_run(tmp_path):
     np.savez(tmp_path / "data.npz", X=np.zeros((4, 2)))
     names = {name: str(tmp_path / name) for name in ("report", "answer")}
     job = {"task": "dimension", "library": "dadapy", "method": "two_nn", "device": "cpu",
-           "memory_gib": 8, "options": {}, "data": str(tmp_path / "data.npz"), **names}  # fmt: skip
+           "memory_gib": 8, "timeout": 60, "options": {}, "data": str(tmp_path / "data.npz"),
+           **names}  # fmt: skip
     (tmp_path / "job.json").write_text(json.dumps(job))
     subprocess.run([sys.executable, "-c", code], check=True)
     assert "dadapy" in json.loads((tmp_path / "report").read_text())["not_run"]

@@ -177,6 +177,8 @@ class Task:
 
 def run(job: dict) -> dict:
     library, task, device = job["library"], job["task"], job["device"]
+    seconds = int(job["timeout"])
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
     if device == "cpu":
         limit = int(min(job["memory_gib"], 0.8 * available_gib()) * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

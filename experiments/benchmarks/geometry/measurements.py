@@ -24,6 +24,7 @@ class Sizes(Protocol):
     compiled_on: tuple[str, ...]
     device: tuple[str, ...]
     fit_sizes: tuple[str, ...]
+    slow_peer_sizes: tuple[str, ...]
     geodesic_rows: tuple[int, ...]
     dimension_seeds: int
 
@@ -209,7 +210,8 @@ def cost_cases(config: Sizes) -> Iterator[Case]:
                 arrays["new"] = points[n:]
             return arrays, judge
 
-        peers = PEERS if n <= 10000 else ("scikit_learn", "graphtools", "plain", "pydiffmap")
+        slow = ("datafold", "scanpy") if size in config.slow_peer_sizes else ()
+        peers = ("pydiffmap", "scikit_learn", "graphtools", "plain", *slow)
         yield Case("diffusion", f"cost, swiss roll, noise .1, {size}", "diffusion",
                    libraries("ours", *peers), make,
                    {"n_components": 10, "n_neighbors": 64})  # fmt: skip
