@@ -32,14 +32,15 @@ class Charts(NamedTuple):
     feet : Tensor of shape (n, d)
     bases : Tensor of shape (n, d, k)
         Orthonormal columns.
-    second : Tensor of shape (n, k, k, d)
-        Second fundamental form; orthogonal to ``bases``. Zero for charts of order 1.
+    second : Tensor of shape (n, k, k, d) or (0, k, k, d)
+        Second fundamental form; orthogonal to ``bases``. Zero for charts of order 1; no rows
+        unless asked for.
     noise : Tensor of shape (n,)
         Estimated squared length of a neighbor's residual.
     variance : Tensor of shape (n,)
         Estimated squared error of the foot that the residuals cause.
-    spread : Tensor of shape (n, k, k, k, k)
-        Covariance of the entries of ``second``, summed over the ambient coordinates.
+    spread : Tensor of shape (n, k, k, k, k) or (0, k, k, k, k)
+        Covariance of the entries of ``second``, summed over the ambient coordinates; likewise.
     settled : Tensor of shape (n,), bool
         Whether the iteration reached a fixed point.
     """
@@ -56,26 +57,29 @@ class Charts(NamedTuple):
 class _Local(NamedTuple):
     """Neighbors of a block of rows in few coordinates about a base point.
 
-    ``points`` (b, m, s), ``norms`` (b, m) their squared lengths; ``lift`` (b, d, s) orthonormal,
-    or None where s is d.
+    ``points`` (b, m, s), ``norms`` (b, m) their squared lengths. The orthonormal axes are
+    ``offsets.mT @ mixing`` of the ambient offsets (b, m, d); mixing is None where s is d.
     """
 
     base: Tensor
     points: Tensor
     norms: Tensor
-    lift: Tensor | None
+    offsets: Tensor
+    mixing: Tensor | None
 
     def drop(self, ambient: Tensor) -> Tensor:
         """Local coordinates (b, s) of points of the ambient space."""
         offset = ambient - self.base
-        return offset if self.lift is None else _apply(self.lift.mT, offset)
+        if self.mixing is None:
+            return offset
+        return _apply(self.mixing.mT, _apply(self.offsets, offset))
 
     def raise_vectors(self, vectors: Tensor) -> Tensor:
         """Ambient vectors (b, ..., d) of local ones (b, ..., s)."""
-        if self.lift is None:
+        if self.mixing is None:
             return vectors
         flat = vectors.reshape(len(vectors), -1, vectors.shape[-1])
-        return (flat @ self.lift.mT).reshape(*vectors.shape[:-1], -1)
+        return (flat @ self.mixing.mT @ self.offsets).reshape(*vectors.shape[:-1], -1)
 
 
 class _Fit(NamedTuple):
@@ -87,6 +91,7 @@ class _Fit(NamedTuple):
     center: Tensor  # (b, k) weighted mean of the tangential coordinates
     covariance: Tensor  # (b, k, k)
     radius: Tensor  # (b,)
+    # without errors asked for, empty
     noise: Tensor  # (b,)
     variance: Tensor  # (b,)
     spread: Tensor  # (b, k, k, k, k)
@@ -103,7 +108,13 @@ def chart_order(dimension: int, n_neighbors: int) -> int:
 
 
 def surface_charts(
-    X: Tensor, landmarks: Tensor, *, dimension: int, n_neighbors: int, order: int
+    X: Tensor,
+    landmarks: Tensor,
+    *,
+    dimension: int,
+    n_neighbors: int,
+    order: int,
+    curved: bool = False,
 ) -> Charts:
     """Feet of the rows of ``X`` on the surface that ``landmarks`` sample, and the charts there.
 
@@ -125,16 +136,19 @@ def surface_charts(
         With positive weight, at most ``n_landmarks - 1``.
     order : int
         Of the polynomials, 1 or 2.
+    curved : bool
+        Whether the second fundamental form is wanted: n * k * k * d numbers.
     """
     n_samples, n_features = X.shape
-    k, like = dimension, {"dtype": torch.float64, "device": X.device}
+    k, n_curved = dimension, n_samples if curved else 0
+    feet = X.double().clone()
     charts = Charts(
-        X.double().clone(),
-        torch.zeros(n_samples, n_features, k, **like),
-        torch.zeros(n_samples, k, k, n_features, **like),
-        torch.zeros(n_samples, **like),
-        torch.zeros(n_samples, **like),
-        torch.zeros(n_samples, k, k, k, k, **like),
+        feet,
+        feet.new_zeros(n_samples, n_features, k),
+        feet.new_zeros(n_curved, k, k, n_features),
+        feet.new_zeros(n_samples),
+        feet.new_zeros(n_samples),
+        feet.new_zeros(n_curved, k, k, k, k),
         torch.zeros(n_samples, dtype=torch.bool, device=X.device),
     )
     n_candidates = min(len(landmarks), n_neighbors + max(16, n_neighbors // 2))
@@ -185,14 +199,13 @@ def _settle(
             break
         if 2 * int(rest.sum()) >= len(rest):  # gathering the rest anew costs a pass
             active, points, norms = active[~rest], points[~rest], norms[~rest]
-    fit = _regress(local.points, local.norms, point, basis, n_neighbors, order)
-    normal = fit.second - (fit.second @ basis[:, None]) @ basis[:, None].mT
+    fit = _regress(local.points, local.norms, point, basis, n_neighbors, order, errors=True)
     charts.feet[rows] = local.base + local.raise_vectors(point)
     charts.bases[rows] = local.raise_vectors(basis.mT).mT
-    charts.second[rows] = local.raise_vectors(normal)
-    charts.noise[rows] = fit.noise
-    charts.variance[rows] = fit.variance
-    charts.spread[rows] = fit.spread
+    charts.noise[rows], charts.variance[rows] = fit.noise, fit.variance
+    if len(charts.second):
+        normal = fit.second - (fit.second @ basis[:, None]) @ basis[:, None].mT
+        charts.second[rows], charts.spread[rows] = local.raise_vectors(normal), fit.spread
     charts.settled[rows] = settled
     return fit.radius + (point - begin).norm(dim=1) <= reach * (1 + 1e-12)
 
@@ -202,13 +215,13 @@ def _localize(candidates: Tensor) -> _Local:
     base = candidates.mean(1)
     offsets = candidates - base[:, None]
     if 2 * candidates.shape[1] > candidates.shape[2] or candidates.shape[1] > 128:
-        return _Local(base, offsets, offsets.square().sum(2), None)
+        return _Local(base, offsets, offsets.square().sum(2), offsets, None)
     values, vectors = torch.linalg.eigh(offsets @ offsets.mT)
-    floor = 1e-12 * values[:, -1:].clamp_min(1e-300)
-    inverse = torch.where(values > floor, values.clamp_min(1e-300).rsqrt(), 0.0)
-    lift = offsets.mT @ (vectors * inverse[:, None])
-    points = offsets @ lift
-    return _Local(base, points, points.square().sum(2), lift)
+    kept = values > 1e-12 * values[:, -1:].clamp_min(1e-300)
+    lengths = torch.where(kept, values.clamp_min(1e-300).sqrt(), 0.0)
+    inverse = torch.where(kept, values.clamp_min(1e-300).rsqrt(), 0.0)
+    points = vectors * lengths[:, None]
+    return _Local(base, points, points.square().sum(2), offsets, vectors * inverse[:, None])
 
 
 def _squared_distances(products: Tensor, norms: Tensor, at: Tensor) -> Tensor:
@@ -267,7 +280,14 @@ def _design(u: Tensor, order: int) -> Tensor:
 
 
 def _regress(
-    points: Tensor, norms: Tensor, at: Tensor, basis: Tensor, n_neighbors: int, order: int
+    points: Tensor,
+    norms: Tensor,
+    at: Tensor,
+    basis: Tensor,
+    n_neighbors: int,
+    order: int,
+    *,
+    errors: bool = False,
 ) -> _Fit:
     k = basis.shape[2]
     products = points @ torch.cat([at[:, :, None], basis], 2)
@@ -288,27 +308,28 @@ def _regress(
     factor = torch.linalg.cholesky(gram + torch.diag_embed(ridge))
     moments = weighted.mT @ points - weighted.sum(1)[:, :, None] * at[:, None]
     solution = torch.cholesky_solve(moments, factor)
-    explained = (solution * (2 * moments - gram @ solution)).sum((1, 2))
-    unexplained = ((squared * weights).sum(1) - explained).clamp_min(0)
-    inverse = torch.cholesky_inverse(factor)
-    covariances = inverse @ (weighted.mT @ weighted) @ inverse
-    lost = ((weighted @ inverse) * weighted).sum((1, 2))
-    free = (total - lost).clamp_min(1e-9 * total)
-    noise = unexplained / free
-    variance = covariances[:, 0, 0] * noise
     slope = solution[:, 1 : 1 + k] / unit[:, None, None]
     value = solution[:, 0] - (basis @ (basis.mT @ solution[:, 0, :, None]))[:, :, 0]
-    shape = (len(points), k, k)
-    second = solution.new_zeros(*shape, points.shape[2])
-    spread = solution.new_zeros(*shape, k, k)
+    a, b = torch.triu_indices(k, k, device=points.device)
+    second = solution.new_zeros(len(points), k, k, points.shape[2])
     if order == 2:
-        a, b = torch.triu_indices(k, k, device=points.device)
         second[:, a, b] = second[:, b, a] = solution[:, 1 + k :] / unit[:, None, None] ** 2
-        quadratic = covariances[:, 1 + k :, 1 + k :] * (noise / unit**4)[:, None, None]
-        position = torch.zeros(k, k, dtype=torch.int64, device=points.device)
-        position[a, b] = position[b, a] = torch.arange(len(a), device=points.device)
-        flat = position.reshape(-1)
-        spread = quadratic[:, flat][:, :, flat].reshape(*shape, k, k)
+    noise = variance = spread = solution.new_zeros(0)
+    if errors:
+        explained = (solution * (2 * moments - gram @ solution)).sum((1, 2))
+        unexplained = ((squared * weights).sum(1) - explained).clamp_min(0)
+        inverse = torch.cholesky_inverse(factor)
+        covariances = inverse @ (weighted.mT @ weighted) @ inverse
+        lost = ((weighted @ inverse) * weighted).sum((1, 2))
+        noise = unexplained / (total - lost).clamp_min(1e-9 * total)
+        variance = covariances[:, 0, 0] * noise
+        spread = solution.new_zeros(len(points), k, k, k, k)
+        if order == 2:
+            position = torch.zeros(k, k, dtype=torch.int64, device=points.device)
+            position[a, b] = position[b, a] = torch.arange(len(a), device=points.device)
+            flat = position.reshape(-1) + 1 + k
+            quadratic = covariances * (noise / unit**4)[:, None, None]
+            spread = quadratic[:, flat][:, :, flat].reshape(spread.shape)
     return _Fit(value, slope, second, center, covariance, radius, noise, variance, spread)
 
 

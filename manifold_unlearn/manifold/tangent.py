@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -13,7 +14,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from manifold_unlearn import artifact
-from manifold_unlearn.arrays import Array, Device, restore, validate
+from manifold_unlearn.arrays import Array, Device, restore, row_blocks, validate
 from manifold_unlearn.manifold.charts import (
     Charts,
     chart_order,
@@ -30,11 +31,12 @@ from manifold_unlearn.manifold.multiscale import (
     scale_sizes,
     scale_spectra,
 )
-from manifold_unlearn.manifold.neighbors import nearest_neighbors
+from manifold_unlearn.manifold.neighbors import Neighbors, nearest_neighbors
 
 __all__ = ["Curvature", "TangentBundle"]
 
 _CHEAP = 1e10  # multiplications up to which distances are double precision, else single
+_ENTRIES = 2**24  # numbers of one block of second fundamental forms
 _ANCHORS = 1000  # rows whose local spectra are looked at
 _PROBES = 128  # rows that the number of neighbors is chosen on
 _SMOOTHED = 16  # neighboring spectra averaged for a local dimension
@@ -158,13 +160,15 @@ class TangentBundle(TransformerMixin, BaseEstimator):
             )
         cheap = len(at) ** 2 * rows.shape[1] <= _CHEAP
         rows = rows.double() if cheap else rows.float()
-        at = at[_distinct(rows[at])]
+        nearest = nearest_neighbors(rows[at], min(len(at) - 1, max(1, self.n_neighbors // 4)))
+        kept = _distinct(nearest)
+        at, reach = at[kept], nearest.squared_distances[kept, -1].sqrt()
         if len(at) < 3:
             raise ValueError(
                 f"only {len(at)} of {len(rows)} samples are distinct: there is no geometry to "
                 "learn. Give data with distinct rows."
             )
-        at = self._without_isolated(rows, at)
+        at = self._without_isolated(len(rows), at, reach)
         landmarks = rows[at]
         n_neighbors = self._clamped_neighbors(len(landmarks))
         spectra, anchors, found = _look(landmarks, n_neighbors)
@@ -261,7 +265,7 @@ class TangentBundle(TransformerMixin, BaseEstimator):
             The charts are linear: too few neighbors for curvature.
         """
         self._require_quadratic()
-        charts, _ = self._charts(X)
+        charts, _ = self._charts(X, curved=True)
         return restore(charts.second, X)
 
     def curvature(self, X: Array) -> Curvature:
@@ -281,8 +285,9 @@ class TangentBundle(TransformerMixin, BaseEstimator):
             The charts are linear: too few neighbors for curvature.
         """
         self._require_quadratic()
-        charts, _ = self._charts(X)
-        return Curvature(*(restore(part, X) for part in curvature_of(charts)))
+        rows = validate(self, X, reset=False, device=self.device)
+        blocks = [curvature_of(self._charts(rows[part], curved=True)[0]) for part in self._parts(X)]
+        return Curvature(*(restore(torch.cat(parts), X) for parts in zip(*blocks, strict=True)))
 
     def metric(self, X: Array) -> Any:
         """Riemannian metric at the feet of rows, in the chart of the nearest fitted row.
@@ -300,16 +305,19 @@ class TangentBundle(TransformerMixin, BaseEstimator):
         array or Tensor of shape (n_samples, k, k)
             Symmetric, positive definite.
         """
-        charts, _ = self._charts(X)
-        landmarks = self._landmarks(charts.feet)
-        nearest = nearest_neighbors(charts.feet.to(landmarks), 1, landmarks).indices[:, 0]
-        centers, position = nearest.unique(return_inverse=True)
-        at = self._at(landmarks[centers])
-        offsets = charts.feet - at.feet[position]
-        u = (at.bases[position].mT @ offsets[:, :, None])[:, :, 0]
-        bend = torch.einsum("nabd,nb->nad", at.second[position], u)
-        identity = torch.eye(self.dimension_, dtype=u.dtype, device=u.device)
-        return restore(identity + bend @ bend.mT, X)
+        feet = self._charts(X)[0].feet
+        landmarks = self._landmarks(feet)
+        nearest = nearest_neighbors(feet.to(landmarks), 1, landmarks).indices[:, 0]
+        identity = torch.eye(self.dimension_, dtype=feet.dtype, device=feet.device)
+        result = identity.repeat(len(feet), 1, 1)
+        for part in self._parts(X):
+            centers, position = nearest[part].unique(return_inverse=True)
+            at = self._at(landmarks[centers], curved=True)
+            offsets = feet[part] - at.feet[position]
+            u = (at.bases[position].mT @ offsets[:, :, None])[:, :, 0]
+            bend = torch.einsum("nabd,nb->nad", at.second[position], u)
+            result[part] += bend @ bend.mT
+        return restore(result, X)
 
     def save(self, directory: str | Path) -> None:
         """Write parameters and fit to ``directory`` (safetensors and JSON)."""
@@ -354,16 +362,14 @@ class TangentBundle(TransformerMixin, BaseEstimator):
         )
         return n_samples - 1
 
-    def _without_isolated(self, rows: Tensor, at: Tensor) -> Tensor:
+    def _without_isolated(self, n_samples: int, at: Tensor, reach: Tensor) -> Tensor:
         """Indices ``at`` without rows that are far from all others."""
-        k = max(1, min(self.n_neighbors, len(at) - 1) // 4)
-        reach = nearest_neighbors(rows[at], k).squared_distances[:, -1].sqrt()
-        isolated = reach > _ISOLATED * reach.double().quantile(0.9).to(reach)
+        isolated = reach > _ISOLATED * float(np.quantile(reach.cpu().numpy(), 0.9))
         count = int(isolated.sum())
         if count == 0 or len(at) - count < 3:
             return at
         warnings.warn(
-            f"{count} of {len(rows)} samples lie more than {_ISOLATED:.0f} times the usual distance"
+            f"{count} of {n_samples} samples lie more than {_ISOLATED:.0f} times the usual distance"
             f" from their neighbors, the first is row {int(at[isolated][0])}: they are left out of"
             " the manifold. Remove them, or add data around them.",
             UserWarning,
@@ -395,19 +401,25 @@ class TangentBundle(TransformerMixin, BaseEstimator):
     def _landmarks(self, like: Tensor) -> Tensor:
         return torch.as_tensor(self.landmarks_, device=like.device)
 
-    def _at(self, rows: Tensor) -> Charts:
+    def _parts(self, X: Array) -> Iterator[slice]:
+        """Blocks of rows whose second fundamental forms fit in memory."""
+        k, d = self.dimension_, self.n_features_in_
+        return row_blocks(len(X), max(1, _ENTRIES // (k * k * (d + k * k))))
+
+    def _at(self, rows: Tensor, *, curved: bool = False) -> Charts:
         return surface_charts(
             rows,
             self._landmarks(rows),
             dimension=self.dimension_,
             n_neighbors=self.n_neighbors_,
             order=self.order_,
+            curved=curved,
         )
 
-    def _charts(self, X: Array) -> tuple[Charts, Tensor]:
+    def _charts(self, X: Array, *, curved: bool = False) -> tuple[Charts, Tensor]:
         check_is_fitted(self)
         rows = validate(self, X, reset=False, device=self.device).double()
-        charts = self._at(rows)
+        charts = self._at(rows, curved=curved)
         lost = int((~charts.settled).sum())
         if lost:
             warnings.warn(
@@ -419,11 +431,10 @@ class TangentBundle(TransformerMixin, BaseEstimator):
         return charts, rows
 
 
-def _distinct(X: Tensor) -> Tensor:
-    """Mask of the rows that no earlier row equals."""
-    nearest = nearest_neighbors(X, 1)
-    earlier = nearest.indices[:, 0] < torch.arange(len(X), device=X.device)
-    return ~((nearest.squared_distances[:, 0] == 0) & earlier)
+def _distinct(found: Neighbors) -> Tensor:
+    """Mask of the rows that no earlier row equals; equal neighbors are listed by index."""
+    earlier = found.indices[:, 0] < torch.arange(len(found.indices), device=found.indices.device)
+    return ~((found.squared_distances[:, 0] == 0) & earlier)
 
 
 def _spaced(n_rows: int, wanted: int, like: Tensor) -> Tensor:
