@@ -36,6 +36,7 @@ __all__ = ["ManifoldComparison", "compare_manifolds"]
 _ROBUST = 0.95  # quantile of the robust Hausdorff distance
 _SPLITS = 2  # random halves of each side that a floor is made from
 _LEAST_HALF = 4  # rows of a half
+_DECOMPOSED = 2048  # rows and columns up to which Procrustes is by all rows
 _DOMINANT = 0.5  # part of the variance from which one row is reported
 
 _SUBSPACE = ("principal_angles", "grassmann_distance")
@@ -271,6 +272,7 @@ def compare_manifolds(
         work.similarities([m for m in _PAIRED if m in wanted], n_neighbors)
     else:
         work.skip([m for m in _PAIRED if m in wanted], "the rows are not paired")
+    notes += work.notes
     if "gromov_wasserstein" in wanted:
         work.transport(n_landmarks)
         if max(len(X), len(Y)) > n_landmarks:
@@ -343,6 +345,7 @@ class _Work:
         self.floors: dict[str, float] = {}
         self.p_values: dict[str, float] = {}
         self.skipped: dict[str, str] = {}
+        self.notes: list[str] = []
         self.halves: list[tuple[Tensor, Tensor]] = []
         if floors and min(len(X), len(Y)) >= 2 * _LEAST_HALF:
             for side in (X, Y):
@@ -433,6 +436,10 @@ class _Work:
             self.values[name], self.floors[name] = found.value, found.floor
             self.p_values[name] = found.p_value
         if "procrustes_distance" in names:
+            if min(len(X), max(X.shape[1], Y.shape[1])) > _DECOMPOSED:
+                order = torch.randperm(len(X), generator=generator(self.seed))[:_DECOMPOSED]
+                X, Y = X[order.to(X.device)], Y[order.to(Y.device)]
+                self.notes.append(f"Procrustes from {_DECOMPOSED} random rows.")
             self.values["procrustes_distance"] = procrustes_distance(X, Y)
 
     def transport(self, n_landmarks: int) -> None:

@@ -39,7 +39,8 @@ def principal_axes(X: Tensor, random_state: Any = 0) -> PrincipalAxes:
     """Principal directions of the rows of ``X``, float64, and where to cut them.
 
     The cut is at the largest ratio of one variance to the next, between the dimensions that hold
-    half and 99 % of the variance: there the subspace is determined best. Beyond 1,536 rows and
+    half and 99 % of the variance: there the subspace is determined best. Where no ratio reaches 2,
+    it is at the participation ratio ``sum(variance)**2 / sum(variance**2)``. Beyond 1,536 rows and
     columns the 256 leading directions come from a randomized block power iteration.
 
     Raises
@@ -57,12 +58,19 @@ def principal_axes(X: Tensor, random_state: Any = 0) -> PrincipalAxes:
     variances, directions = _leading(centered, random_state)
     rank = int((variances > _RELATIVE_RANK * variances[0]).sum())
     variances = variances[:rank]
-    share = variances.cumsum(0) / float(centered.square().sum())
+    total = float(centered.square().sum())
+    share = variances.cumsum(0) / total
     least, most = (min(int((share < part).sum()), rank - 1) for part in (_LEAST_SHARE, _MOST_SHARE))
-    following = torch.cat([variances[1:], variances.new_zeros(1)])
+    rest = max(total - float(variances.sum()), 0.0)  # of directions not computed
+    n_rest = max(min(X.shape) - rank, 1)
+    following = torch.cat([variances[1:], variances.new_full((1,), rest / n_rest)])
     ratios = variances / following.clamp_min(_RELATIVE_RANK * float(variances[0]))
     at = least + int(ratios[least : most + 1].argmax())
-    return PrincipalAxes(directions[:, :rank], at + 1, float(ratios[at]) >= _CLEAR)
+    if float(ratios[at]) >= _CLEAR:
+        return PrincipalAxes(directions[:, :rank], at + 1, True)
+    squares = float(variances.square().sum()) + rest**2 / n_rest
+    cut = min(max(round(total**2 / squares), 1), rank)
+    return PrincipalAxes(directions[:, :rank], cut, False)
 
 
 def leading_directions(axes: PrincipalAxes, dimension: int) -> Tensor:

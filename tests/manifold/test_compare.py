@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manifold_unlearn.manifold import samples
+from manifold_unlearn.manifold import compare, samples
 from manifold_unlearn.manifold.compare import ManifoldComparison, compare_manifolds
 from manifold_unlearn.manifold.hausdorff import hausdorff_distance
 from manifold_unlearn.manifold.mmd import mmd
@@ -126,6 +126,13 @@ def test_large_sides_are_sampled_alike_where_rows_are_paired():
     assert again.as_dict() == found.as_dict()
     other = compare_manifolds(large, large[:150], max_samples=200, measures=["mmd"])
     assert other.notes[0].startswith("From 200 and 150")
+
+
+def test_shapes_too_large_to_decompose_are_sampled(monkeypatch):
+    monkeypatch.setattr(compare, "_DECOMPOSED", 10)
+    found = compare_manifolds(SPHERE, FAR, measures=["procrustes_distance"])
+    assert found.procrustes_distance == pytest.approx(0, abs=1e-10)
+    assert found.notes == ("Procrustes from 10 random rows.",)
 
 
 @settings(max_examples=5, deadline=None, derandomize=True)

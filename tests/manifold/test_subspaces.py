@@ -77,12 +77,21 @@ def test_the_automatic_dimension_is_that_of_the_linear_span(make, dimension, noi
     assert (axes.dimension, axes.clear) == (dimension, True)
 
 
-def test_spectra_without_a_gap_are_cut_alike():
+def test_spectra_without_a_gap_are_cut_alike(monkeypatch):
     rng = np.random.default_rng(0)
-    power = rng.standard_normal((500, 100)) / np.arange(1, 101) ** 0.5
-    A, B = power[:250], power[250:] + 0.1 * rng.standard_normal((250, 100))
-    assert not principal_axes(torch.tensor(A)).clear
-    assert grassmann_distance(A, B) < np.pi / 2 * np.sqrt(len(principal_angles(A, B)))
+    power = rng.standard_normal((800, 100)) / np.arange(1, 101) ** 0.5
+    A, B = power[:400], power[400:] + 0.1 * rng.standard_normal((400, 100))
+    axes = [principal_axes(torch.tensor(X)) for X in (A, B)]
+    variances = np.linalg.eigvalsh(np.cov(A.T))
+    assert axes[0].dimension == round(variances.sum() ** 2 / (variances**2).sum())
+    assert not axes[0].clear
+    assert axes[1].dimension > axes[0].dimension
+    assert len(principal_angles(A, B)) == axes[0].dimension
+    assert grassmann_distance(A, B) < np.pi / 2 * np.sqrt(axes[0].dimension)
+    monkeypatch.setattr(subspaces, "_EXACT", 50)
+    monkeypatch.setattr(subspaces, "_SKETCH", 40)
+    sketched = principal_axes(torch.tensor(A))
+    assert sketched.dimension == pytest.approx(axes[0].dimension, abs=1)
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
