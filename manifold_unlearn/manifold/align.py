@@ -235,8 +235,8 @@ def align_manifolds(
     reflection : bool, default=True
         Whether a rigid map between spaces of one dimension may reflect.
     regularization : float or "auto", default="auto"
-        Of cca: shrinkage of both covariances to a multiple of the identity, in [0, 1];
-        ``"auto"``: oracle approximating shrinkage (OAS).
+        Of cca: added to every variance, in units of their mean; ``"auto"``: what predicts the
+        other side best by generalized cross-validation.
     n_neighbors : int, default=8
         Of the kernels of alternating_diffusion: small enough that the neighbors share the common
         variable, large enough to average over the rest. Means of B are over 8 times as many.
@@ -271,10 +271,12 @@ def align_manifolds(
     References
     ----------
     Schönemann (1966), A generalized solution of the orthogonal Procrustes problem, Psychometrika
-    31. Hotelling (1936), Relations between two sets of variates, Biometrika 28. Chen, Wiesel,
-    Eldar and Hero (2010), Shrinkage algorithms for MMSE covariance estimation, IEEE Trans. Signal
-    Process. 58 (OAS). Lederman and Talmon (2018) and Peyré, Cuturi and Solomon (2016), see
-    :mod:`~manifold_unlearn.manifold.alternating`, :mod:`~manifold_unlearn.manifold.transport`.
+    31.
+    Hotelling (1936), Relations between two sets of variates, Biometrika 28.
+    Lederman and Talmon (2018), Learning the geometry of common latent variables using
+    alternating-diffusion, Appl. Comput. Harmon. Anal. 44.
+    Peyré, Cuturi and Solomon (2016), Gromov-Wasserstein averaging of kernel and distance matrices,
+    ICML.
 
     Examples
     --------

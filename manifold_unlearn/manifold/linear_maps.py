@@ -90,19 +90,28 @@ def canonical(
 ) -> Canonical:
     """Regularized canonical correlations of paired rows, float64.
 
-    Coordinates have variance 1 on the rows and correlations are those of the rows, whatever the
-    shrinkage; the predictions are those of the shrunk covariances.
+    ``regularization`` times the mean variance is added to every variance of a side. ``"auto"``:
+    for each side what predicts the other best by ridge regression, judged by generalized
+    cross-validation. Coordinates have variance 1 on the rows and correlations are those of the
+    rows, whatever is added; with all coordinates the predictions are the ridge regressions.
 
     Raises
     ------
     ValueError
         ``n_components`` above the directions there are, or ``regularization`` out of range.
+
+    References
+    ----------
+    Golub, Heath and Wahba (1979), Generalized cross-validation as a method for choosing a good
+    ridge parameter, Technometrics 21.
     """
     if regularization != "auto" and (
-        isinstance(regularization, str) or not 0 <= regularization <= 1
+        isinstance(regularization, str) or not 0 <= regularization < math.inf
     ):
-        raise ValueError(f"regularization={regularization!r} must lie in [0, 1], or be 'auto'.")
-    a, b = _whitened(X, regularization), _whitened(Y, regularization)
+        raise ValueError(
+            f"regularization={regularization!r} must be finite and not negative, or 'auto'."
+        )
+    a, b = _whitened(X, Y, regularization), _whitened(Y, X, regularization)
     U, values, V = torch.linalg.svd(a.scores.T @ b.scores / len(X), full_matrices=False)
     available = len(values)
     count = available if n_components is None else n_components
@@ -133,7 +142,7 @@ def _predictor(a: _Whitened, b: _Whitened, U: Tensor, values: Tensor, V: Tensor)
 
 
 class _Whitened(NamedTuple):
-    """A side in the directions it varies in: ``scores`` (n, r) of unit shrunk variance."""
+    """A side in the directions it varies in; ``scores`` (n, r) have variance 1 with the ridge."""
 
     mean: Tensor
     whiten: Tensor
@@ -141,7 +150,7 @@ class _Whitened(NamedTuple):
     scores: Tensor
 
 
-def _whitened(X: Tensor, regularization: float | str) -> _Whitened:
+def _whitened(X: Tensor, Y: Tensor, regularization: float | str) -> _Whitened:
     n, d = X.shape
     mean = X.mean(0)
     left, values, right = torch.linalg.svd(X - mean, full_matrices=False)
@@ -151,10 +160,22 @@ def _whitened(X: Tensor, regularization: float | str) -> _Whitened:
     variances = variances[:rank]
     level = float(variances.sum()) / d
     if isinstance(regularization, str):
-        square = float(variances.square().sum()) / d**2
-        excess = (n + 1) * (square - level**2 / d)
-        part = 1.0 if excess <= 0 else min((square + level**2) / excess, 1.0)
+        ridge = level * _best_ridge(left, variances / level, Y - Y.mean(0))
     else:
-        part = float(regularization)
-    root = ((1 - part) * variances + part * level).sqrt()
+        ridge = level * float(regularization)
+    root = (variances + ridge).sqrt()
     return _Whitened(mean, right.T / root, root[:, None] * right, left * (values / root))
+
+
+def _best_ridge(left: Tensor, variances: Tensor, Y: Tensor) -> float:
+    """The ridge of least generalized cross-validation error, in units of the variances."""
+    n, rank = left.shape
+    explained = (left.T @ Y).square().sum(1)
+    total = float(Y.square().sum())
+    beyond = max(total - float(explained.sum()), 0.0) if rank < n - 1 else 0.0
+    least = -8.0 if rank < n - 1 else -5.0  # without rows to spare less is rounding
+    grid = torch.logspace(least, 3, 56, dtype=left.dtype, device=left.device)
+    kept = variances / (variances + grid[:, None])  # (n_grid, rank)
+    residual = ((1 - kept).square() @ explained + beyond) / n
+    freedom = 1 - (kept.sum(1) + 1) / n
+    return float(grid[(residual / freedom.square()).argmin()])
