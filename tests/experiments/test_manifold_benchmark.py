@@ -144,6 +144,10 @@ def test_the_table_shows_times_over_ours_and_says_what_failed(bench):
     assert "1 of 1 failed: MemoryError: x" in text
     assert "not run: no scanpy" in text
     assert "x4.00" in "\n".join(bench.lines(rows[1:2], rows[:1]))  # ours is of an earlier run
+    result = {"rows": rows, "claims": bench.claims(rows, "command")}
+    page = "\n".join(sys.modules["geometry.table"].markdown(result))
+    assert "| scikit-learn | 2.00 s | x4.00 | 10 MiB |  |" in page
+    assert "| fit of 10000x768: pydiffmap's CPU over ours | not run | >= 4 |  |" in page
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def memory(rows: Rows, name: str, only: str) -> Claim:
 
 def geodesics(rows: Rows) -> Iterator[Claim]:
     only = "--only geodesics"
-    for case in ("sphere", "swiss roll", "swiss roll, noise .1"):
+    for case in ("sphere", "swiss roll"):
         for n, bound in ((5000, 0.01), (20000, 0.02)):
             full = f"{case}, {n}x128"
             found = rows.of(full)
