@@ -27,9 +27,20 @@ from manifold_unlearn.manifold.markov import (
 )
 from manifold_unlearn.manifold.neighbors import NeighborMethod, check_method
 from manifold_unlearn.manifold.nystrom import FittedOperator, extend
+from manifold_unlearn.manifold.partition import leaf_order
 
 __all__ = ["DiffusionMap", "farthest_points"]
 
+_BY_LANDMARK = {
+    "landmark_indices_",
+    "landmarks_",
+    "squared_support_",
+    "scale_",
+    "eigenfunctions_",
+    "kernel_sums_",
+    "density_",
+    "component_",
+}
 _CHEAP = 1e10  # multiplications up to which distances are double precision, else single
 
 
@@ -167,6 +178,7 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
         self._check_parameters()
         rows = validate(self, X, reset=True, device=self.device)
         at = choose_landmarks(rows, self.n_landmarks, self.random_state)
+        at = at[leaf_order(rows[at])]
         landmarks = rows[at]
         n_samples = len(landmarks)
         if n_samples < self.n_components + 2:
@@ -195,12 +207,10 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
         found = spectrum(operator, self.n_components, landmarks.device)
         self._warn_of_parts(found.component)
         self._keep(X, at, landmarks, center, operator, found, n_neighbors)
-        eigenfunctions = torch.as_tensor(found.eigenfunctions, device=rows.device)
+        full = torch.as_tensor(self.eigenfunctions_, device=rows.device)
         if len(at) < len(rows):
-            full = self._extend(rows)
-            full[at] = eigenfunctions
-        else:
-            full = eigenfunctions
+            eigenfunctions, full = full, self._extend(rows)
+            full[torch.as_tensor(self.landmark_indices_, device=rows.device)] = eigenfunctions
         self.embedding_ = restore(full * self._time_scale(full), X)
         return self
 
@@ -389,9 +399,12 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
         self.n_components_connected_ = int(found.component.max()) + 1
         for name, values in found._asdict().items():
             setattr(self, f"{name}_", values)
+        back = at.argsort()
         for name, value in vars(self).items():
             if not name.endswith("_") or not isinstance(value, np.ndarray | Tensor):
                 continue
+            if name in _BY_LANDMARK:
+                value = value[back if isinstance(value, Tensor) else back.cpu().numpy()]
             if isinstance(X, Tensor):
                 setattr(self, name, torch.as_tensor(value, device=X.device).contiguous())
             else:

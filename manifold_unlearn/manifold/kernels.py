@@ -93,8 +93,8 @@ class KernelGraph(NamedTuple):
 def pair_histogram(X: Tensor, scale: Tensor | None = None) -> PairHistogram:
     """Histogram of squared distances, from up to 4 million pairs or 256 rows.
 
-    The rows sampled are spread evenly over the order of their norms, so that the sample follows
-    the data through permutation and rotation.
+    The rows sampled are spread evenly over the order of their distances from the mean, so that
+    the sample follows the data through permutation and rotation.
 
     Parameters
     ----------
@@ -110,9 +110,10 @@ def pair_histogram(X: Tensor, scale: Tensor | None = None) -> PairHistogram:
     """
     n_samples = len(X)
     squared = squared_norms(X)
+    mean = X.mean(0)  # the same whatever the order of the rows
     n_sampled = min(n_samples, max(256, _SAMPLED_PAIRS // n_samples))
     step = torch.arange(n_sampled, device=X.device) * n_samples // n_sampled
-    sampled = squared.argsort(stable=True)[step]
+    sampled = (squared - 2 * (X @ mean)).argsort(stable=True)[step]
     unit = float(squared.max()) or 1.0
     X = (X / unit**0.5).double()
     squared = squared_norms(X)
@@ -330,7 +331,12 @@ def relative_bandwidth_function(
 
 
 def kernel_graph(
-    X: Tensor, tuned: Bandwidth, *, n_neighbors: int, scale: Tensor | None = None
+    X: Tensor,
+    tuned: Bandwidth,
+    *,
+    n_neighbors: int,
+    scale: Tensor | None = None,
+    in_order: bool = False,
 ) -> KernelGraph:
     """Gaussian kernel on the union of the fixed-radius and the nearest-neighbor graph.
 
@@ -347,11 +353,13 @@ def kernel_graph(
     n_neighbors : int
     scale : Tensor of shape (n_samples,), optional
         Variable bandwidth ``rho``: distances are ``r**2 / (rho_i * rho_j)``.
+    in_order : bool
+        Whether the rows stand as :func:`~manifold_unlearn.manifold.partition.leaf_order` puts them.
     """
     n_samples = len(X)
     width = 4 * tuned.bandwidth
     base = width * tuned.cutoff
-    pairs = radius_neighbors(X, base, scale=scale)
+    pairs = radius_neighbors(X, base, scale=scale, in_order=in_order)
     held = 1 + torch.bincount(pairs.rows, minlength=n_samples)
     held += torch.bincount(pairs.columns, minlength=n_samples)
     support = torch.full((n_samples,), base, dtype=X.dtype, device=X.device)
@@ -379,16 +387,13 @@ def _symmetric(
     smaller = np.minimum(rows[n_once:], columns[n_once:])
     larger = np.maximum(rows[n_once:], columns[n_once:])
     _, first = np.unique(smaller * n_samples + larger, return_index=True)
-    once = np.concatenate([np.arange(n_once), first + n_once])
-    rows, columns, weights = rows[once], columns[once], weights[once]
-    each = np.arange(n_samples)
-    return scipy.sparse.coo_matrix(
-        (
-            np.concatenate([weights, weights, np.ones(n_samples)]),
-            (np.concatenate([rows, columns, each]), np.concatenate([columns, rows, each])),
-        ),
-        shape=(n_samples, n_samples),
-    ).tocsr()
+    pairs = [
+        np.concatenate([part[:n_once], extra[first]])
+        for part, extra in ((rows, smaller), (columns, larger), (weights, weights[n_once:]))
+    ]
+    shape = (n_samples, n_samples)
+    upper = scipy.sparse.coo_matrix((pairs[2], (pairs[0], pairs[1])), shape).tocsr()
+    return scipy.sparse.csr_matrix(upper + upper.T + scipy.sparse.eye_array(n_samples))
 
 
 def two_sided(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from manifold_unlearn.arrays import generator
-from manifold_unlearn.manifold.distances import center_of
+from manifold_unlearn.manifold.distances import squared_norms
 
 
 def choose_landmarks(X: Tensor, n_landmarks: int | None, random_state: Any = None) -> Tensor:
@@ -30,8 +30,8 @@ def farthest_points(X: Tensor, n_points: int) -> Tensor:
 
     Deterministic; ``O(n_samples * n_features)`` a point.
     """
-    X = X - center_of(X)
-    squared = X.square().sum(1)
+    X = X - X.mean(0)
+    squared = squared_norms(X)
     chosen = torch.empty(n_points, dtype=torch.int64, device=X.device)
     reach = torch.full((len(X),), float("inf"), dtype=X.dtype, device=X.device)
     at = squared.argmin()

@@ -87,6 +87,8 @@ def gaussian_operator(
 ) -> KernelOperator:
     """Gaussian kernel of centered rows ``X``; for None the bandwidth is found.
 
+    The rows stand as :func:`~manifold_unlearn.manifold.partition.leaf_order` puts them.
+
     Warns
     -----
     UserWarning
@@ -107,7 +109,7 @@ def gaussian_operator(
         # alpha + 1/2 without: 2 - 2 alpha + (d + 2) beta (Berry and Harlim 2016)
         alpha = alpha - 0.5
     tuned = fit_support(histogram, tuned, n_samples=len(X), n_neighbors=n_neighbors)
-    graph = kernel_graph(X, tuned, n_neighbors=n_neighbors, scale=scale)
+    graph = kernel_graph(X, tuned, n_neighbors=n_neighbors, scale=scale, in_order=True)
     return KernelOperator(graph, tuned, alpha, scale, typical)
 
 

@@ -42,7 +42,7 @@ class Leaves(NamedTuple):
 
 def leaf_rows(device: torch.device) -> int:
     """Rows of a leaf that suit the device: a block of distances stays in the cache of a CPU."""
-    return 256 if device.type == "cpu" else 2048
+    return 128 if device.type == "cpu" else 2048
 
 
 def principal_frame(X: Tensor) -> Frame:
@@ -64,7 +64,15 @@ def principal_frame(X: Tensor) -> Frame:
     return Frame(center, axes.to(X.dtype))
 
 
-def partition(X: Tensor, frame: Frame, rows_per_leaf: int) -> Leaves:
+def leaf_order(X: Tensor) -> Tensor:
+    """Order of the rows, ``(n_samples,)`` int64, in which near rows stand together.
+
+    Each ``n / 2**m`` of them in turn, down to about 4, are a leaf.
+    """
+    return partition(X, principal_frame(X), 8).order
+
+
+def partition(X: Tensor, frame: Frame, rows_per_leaf: int, *, in_order: bool = False) -> Leaves:
     """Sort rows into ``2**m`` leaves of equal size by bisection along the widest axis.
 
     Parameters
@@ -73,13 +81,15 @@ def partition(X: Tensor, frame: Frame, rows_per_leaf: int) -> Leaves:
     frame : Frame
     rows_per_leaf : int
         Leaves hold at most so many rows.
+    in_order : bool
+        Whether the rows stand as :func:`leaf_order` puts them: they are not sorted again.
     """
     n_samples = len(X)
     coordinates = (X - frame.center) @ frame.axes
     margin = _ROUNDING * torch.finfo(X.dtype).eps * squared_norms(X - frame.center).sqrt()
     levels = max(0, (-(-n_samples // rows_per_leaf) - 1).bit_length())
     order = torch.arange(n_samples, device=X.device)
-    for level in range(levels + 1):
+    for level in range(levels if in_order else 0, levels + 1):
         n_leaves = 2**level
         edges = torch.arange(n_leaves + 1, device=X.device) * n_samples // n_leaves
         leaf = torch.repeat_interleave(edges.diff(), output_size=n_samples)
@@ -145,13 +155,17 @@ def prepare(
     scale_A: Tensor | None = None,
     scale_B: Tensor | None = None,
     rows_per_leaf: int | None = None,
+    in_order: bool = False,
 ) -> Searched:
-    """Sort ``B`` and ``A`` into leaves; for None ``B`` is ``A`` itself."""
+    """Sort ``B`` and ``A`` into leaves; for None ``B`` is ``A`` itself.
+
+    ``in_order``: the rows searched stand as :func:`leaf_order` puts them.
+    """
     searched = A if B is None else B
     size = rows_per_leaf or leaf_rows(A.device)
     frame = principal_frame(searched)
-    leaves = partition(searched, frame, size)
-    rows = searched[leaves.order]
+    leaves = partition(searched, frame, size, in_order=in_order)
+    rows = searched if in_order else searched[leaves.order]
     scales = scale_A if B is None else scale_B
     scales = None if scales is None else scales[leaves.order]
     if B is None:

@@ -36,6 +36,7 @@ def radius_neighbors(
     *,
     scale: Tensor | None = None,
     rows_per_leaf: int | None = None,
+    in_order: bool = False,
 ) -> Pairs:
     """All pairs of rows within a radius, each once with ``rows < columns``.
 
@@ -48,6 +49,9 @@ def radius_neighbors(
         Squared distances are divided by the product of the two rows' scales.
     rows_per_leaf : int, optional
         Rows handled together. The answer does not depend on it.
+    in_order : bool
+        Whether the rows stand as :func:`~manifold_unlearn.manifold.partition.leaf_order` puts
+        them. Then the columns of each row's pairs ascend.
 
     Returns
     -------
@@ -55,9 +59,11 @@ def radius_neighbors(
         ``squared_distances`` are scaled when ``scale`` is given; off by at most 1e-4 of the
         squared radius, through rounding.
     """
-    searched = prepare(X, None, scale, None, rows_per_leaf)
+    searched = prepare(X, None, scale, None, rows_per_leaf, in_order)
     reach = torch.full((len(X),), squared_radius, dtype=X.dtype, device=X.device)
     found = _within(searched, reach, None, once=True)
+    if in_order:
+        return found
     order = searched.leaves.order
     first, second = order[found.rows], order[found.columns]
     return Pairs(torch.minimum(first, second), torch.maximum(first, second), found[2])
@@ -71,6 +77,7 @@ def pairs_within(
     *,
     scale_Q: Tensor | None = None,
     scale_X: Tensor | None = None,
+    in_order: bool = False,
 ) -> Pairs:
     """Pairs of a row of ``Q`` and one of ``X`` of which either reaches the other.
 
@@ -81,13 +88,15 @@ def pairs_within(
         Squared radius of every row: a pair is kept up to the larger of the two.
     scale_Q, scale_X : Tensor, optional
         As in :func:`radius_neighbors`.
+    in_order : bool
+        Whether the rows of ``X`` stand as ``leaf_order`` puts them.
 
     Returns
     -------
     Pairs
         ``rows`` into ``Q``, ``columns`` into ``X``.
     """
-    searched = prepare(Q, X, scale_Q, scale_X)
+    searched = prepare(Q, X, scale_Q, scale_X, in_order=in_order)
     asking, order = searched.asking_leaves.order, searched.leaves.order
     found = _within(searched, reach_Q[asking], reach_X[order], once=False)
     return Pairs(asking[found.rows], order[found.columns], found.squared_distances)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +12,13 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
+from manifold_unlearn.manifold.twogrid import Product, coarse_grid, leading_eigenpairs
+
 _DENSE = 400  # components up to this size are solved densely
 _AFFORDABLE = 3000  # and up to this size where ARPACK fails
+_CELLS, _CELL_ROWS = 2048, 8  # most cells of the coarse grid, and least rows of a cell
+_SPARE = 6  # vectors iterated beyond those wanted
+_CHECKED = 40  # most steps that look for an eigenvalue missed
 _TOLERANCE = 1e-10
 _RESTARTS = 60
 
@@ -46,14 +50,16 @@ def markov_eigenpairs(
     """Leading eigenpairs of the Markov operator ``diag(1 / root) @ symmetric @ diag(root)``.
 
     Components are solved one by one, so a repeated eigenvalue 1 is exact and the coordinates of
-    one component are not mixed with another's. On the CPU by ARPACK with a fixed start (densely
-    up to 400 rows); where it does not converge or misses a copy of a repeated eigenvalue densely
-    up to 3,000 rows, and beyond, as on another device, by :func:`block_eigenpairs`.
+    one component are not mixed with another's. Up to 400 rows densely; up to 3,000 on the CPU by
+    ARPACK with a fixed start; beyond, and on another device, by two grids
+    (:mod:`~manifold_unlearn.manifold.twogrid`). Where these do not converge or miss an eigenvalue
+    densely up to 3,000 rows, and beyond by :func:`block_eigenpairs`.
 
     Parameters
     ----------
     symmetric : csr_matrix of shape (n_samples, n_samples)
-        Largest eigenvalue 1, with eigenvector ``root`` on each connected component.
+        Largest eigenvalue 1, with eigenvector ``root`` on each connected component. Rows of near
+        points should stand together: runs of them are the cells of the coarse grid.
     root : array of shape (n_samples,)
         Positive; its square is the stationary distribution up to a factor.
     n_components : int
@@ -124,10 +130,10 @@ def _leading(
         values, basis = scipy.linalg.eigh(
             block.toarray(), subset_by_index=[size - wanted - 1, size - 1]
         )
-    elif torch.device(device).type == "cpu":
+    elif size <= _AFFORDABLE and torch.device(device).type == "cpu":
         values, basis = _arpack(block, wanted + 1)
     else:
-        values, basis = _filtered(block, wanted + 1, device)
+        values, basis = _two_grids(block, root, wanted + 1, device)
     order = np.argsort(-values, kind="stable")
     values, basis = values[order], basis[:, order]
     trivial = root / np.linalg.norm(root)
@@ -153,18 +159,44 @@ def _arpack(block: scipy.sparse.csr_matrix, wanted: int) -> tuple[np.ndarray, np
         return _slowly(block, wanted)
     order = np.argsort(-values, kind="stable")
     values, basis = values[order], basis[:, order]
-    gap = max(values[1] - values[-1], 1e-12) / (1 + values[-1])
-    steps = int(np.clip((np.log(len(basis)) + 3) / (4 * np.sqrt(gap)), 20, 150))
-    if _top_of_rest(block, basis, steps) > values[wanted - 1] + 1e-9:
+    if _misses_one(block, basis, values, wanted, 150):
         return _slowly(block, wanted)
     return values[:wanted], basis[:, :wanted]
 
 
-def _slowly(block: scipy.sparse.csr_matrix, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+def _misses_one(
+    block: scipy.sparse.csr_matrix, basis: np.ndarray, values: np.ndarray, wanted: int, most: int
+) -> bool:
+    """Whether there is a larger eigenvalue beside the ones found, as far as ``most`` steps see."""
+    gap = max(values[1] - values[-1], 1e-12) / (1 + values[-1])
+    steps = int(np.clip((np.log(len(basis)) + 3) / (4 * np.sqrt(gap)), 20, most))
+    return _top_of_rest(block, basis, steps) > values[wanted - 1] + 1e-9
+
+
+def _two_grids(
+    block: scipy.sparse.csr_matrix, root: np.ndarray, wanted: int, device: torch.device | str
+) -> tuple[np.ndarray, np.ndarray]:
+    """By a coarse grid of runs of rows; by other means if it does not converge or misses one."""
+    size, width = len(root), wanted + max(_SPARE, wanted // 2)
+    n_cells = max(min(_CELLS, 2 ** (size // _CELL_ROWS).bit_length() // 2), min(2 * width, size))
+    cell = np.arange(size) * n_cells // size
+    grid = coarse_grid(block, root, cell, width, device)
+    apply = product(block, device)
+    found = leading_eigenpairs(apply, apply(grid.prolong(grid.vectors)), wanted, grid.precondition)
+    values, basis = found.values.cpu().numpy(), found.vectors.cpu().numpy()
+    if not found.converged or _misses_one(block, basis, values, wanted, _CHECKED):
+        return _slowly(block, wanted, device)
+    return values, basis
+
+
+def _slowly(
+    block: scipy.sparse.csr_matrix, wanted: int, device: torch.device | str = "cpu"
+) -> tuple[np.ndarray, np.ndarray]:
     """By a method that crowded and repeated eigenvalues do not mislead."""
     size = block.shape[0]
     if size > _AFFORDABLE:
-        return _filtered(block, wanted, "cpu")
+        values, vectors = block_eigenpairs(product(block, device), size, wanted, device=device)
+        return values.cpu().numpy(), vectors.cpu().numpy()
     return scipy.linalg.eigh(block.toarray(), subset_by_index=[size - wanted, size - 1])
 
 
@@ -190,23 +222,19 @@ def _top_of_rest(block: scipy.sparse.csr_matrix, basis: np.ndarray, steps: int) 
     return float(scipy.linalg.eigvalsh_tridiagonal(diagonal, beside)[-1])
 
 
-def _filtered(
-    block: scipy.sparse.csr_matrix, wanted: int, device: torch.device | str
-) -> tuple[np.ndarray, np.ndarray]:
+def product(block: scipy.sparse.csr_matrix, device: torch.device | str) -> Product:
+    """The matrix as a function of blocks of vectors on ``device``."""
+    if torch.device(device).type == "cpu":
+        return lambda V: torch.from_numpy(block @ V.numpy())
+    parts = (torch.from_numpy(part) for part in (block.indptr, block.indices, block.data))
     matrix = torch.sparse_csr_tensor(
-        torch.from_numpy(block.indptr),
-        torch.from_numpy(block.indices),
-        torch.from_numpy(block.data),
-        size=block.shape,
-        device=device,
-        check_invariants=False,
+        *parts, size=block.shape, device=device, check_invariants=False
     )
-    values, vectors = block_eigenpairs(lambda V: matrix @ V, block.shape[0], wanted, device=device)
-    return values.cpu().numpy(), vectors.cpu().numpy()
+    return lambda V: matrix @ V
 
 
 def block_eigenpairs(
-    apply: Callable[[Tensor], Tensor],
+    apply: Product,
     size: int,
     wanted: int,
     *,
