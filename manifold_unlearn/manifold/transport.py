@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
@@ -112,7 +113,7 @@ def sinkhorn(
             f"a sums to {float(masses_a.sum()):.6g}, b to {float(masses_b.sum()):.6g}. "
             "Scale them to one sum."
         )
-    if not 0 < epsilon < float("inf"):
+    if not 0 < epsilon < math.inf:
         raise ValueError(f"epsilon={epsilon} must be positive and finite.")
     found = _scaled(C, masses_a, masses_b, epsilon, max_iter, tol, torch.zeros_like(masses_b))
     if found.error > tol:
@@ -144,7 +145,7 @@ def _scaled(
 ) -> Sinkhorn:
     """The plan, from the start ``g`` of the second potential."""
     log_a, log_b = a.log(), b.log()
-    error, done = float("inf"), 0
+    error, done = math.inf, 0
     while True:
         f = epsilon * (log_a - torch.logsumexp((g - cost) / epsilon, dim=1))
         g = epsilon * (log_b - torch.logsumexp((f[:, None] - cost) / epsilon, dim=0))
@@ -155,18 +156,26 @@ def _scaled(
             return Sinkhorn(kernel, (f, g), error)
         v = torch.ones_like(b)
         while done < max_iter and error > tol:
-            u_last, v_last = None, v
-            for _ in range(min(_CHECK_EVERY, max_iter - done)):
-                u_last = a / (kernel @ v)
-                v = b / (kernel.T @ u_last)
-                done += 1
-            assert u_last is not None
-            size = float(torch.maximum(u_last.log().abs().max(), v.log().abs().max()))
-            if not size < _ABSORB:  # grown or not finite: back to the logarithms
-                v = v_last if not size < float("inf") else v
+            steps = min(_CHECK_EVERY, max_iter - done)
+            u, following = _updated(kernel, a, b, v, steps)
+            done += steps
+            size = float(torch.maximum(u.log().abs().max(), following.log().abs().max()))
+            if math.isfinite(size):
+                v = following
+            if not size < _ABSORB:  # back to the logarithms
                 break
-            error = float((u_last * (kernel @ v) - a).abs().sum())
+            error = float((u * (kernel @ v) - a).abs().sum())
         g = g + epsilon * v.log()
+
+
+def _updated(kernel: Tensor, a: Tensor, b: Tensor, v: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Factors ``u`` and ``v`` after updates of both."""
+    u = a / (kernel @ v)
+    v = b / (kernel.T @ u)
+    for _ in range(steps - 1):
+        u = a / (kernel @ v)
+        v = b / (kernel.T @ u)
+    return u, v
 
 
 def gromov_wasserstein(
@@ -237,7 +246,7 @@ def gromov_wasserstein(
         raise ValueError(f"solver={solver!r} is not known. Use 'proximal' or 'entropic'.")
     if distances not in ("euclidean", "precomputed"):
         raise ValueError(f"distances={distances!r} is not known. Use 'euclidean' or 'precomputed'.")
-    if not 0 < epsilon < float("inf"):
+    if not 0 < epsilon < math.inf:
         raise ValueError(f"epsilon={epsilon} must be positive and finite.")
     if n_starts < 1:
         raise ValueError(f"n_starts={n_starts} must be at least 1.")
@@ -254,7 +263,7 @@ def gromov_wasserstein(
         plan = C_A.new_full((len(C_A), len(C_B)), 1 / (len(C_A) * len(C_B)))
         return GromovWasserstein(0.0, restore(plan, A), restore(rows_A, A), restore(rows_B, A))
     problem = _Problem(C_A / squared_unit**0.5, C_B / squared_unit**0.5)
-    plan, loss = C_A.new_empty(0), float("inf")
+    plan, loss = C_A.new_empty(0), math.inf
     starts = (problem.start(number, draw) for number in range(n_starts))
     for candidate in _candidates(problem, starts, solver, epsilon, max_iter, tol):
         if (found := problem.loss(candidate)) < loss:
@@ -369,10 +378,7 @@ def _proximal(problem: _Problem, plan: Tensor, epsilon: float, max_iter: int, to
         gradient -= gradient.amin(1, keepdim=True)
         gradient -= gradient.amin(0, keepdim=True)
         kernel = plan.clamp_min(_LEAST) * torch.exp(gradient.div_(-epsilon))
-        v = torch.ones_like(b)
-        for _ in range(_INNER if square else 10 * _INNER):
-            u = a / (kernel @ v)
-            v = b / (kernel.T @ u)
+        u, v = _updated(kernel, a, b, torch.ones_like(b), _INNER if square else 10 * _INNER)
         kernel *= u[:, None] * v
         change = float((kernel - plan).abs().sum())
         plan = kernel

@@ -48,7 +48,7 @@ def test_two_gaussians_have_the_mmd_of_the_formula(bandwidth):
             bandwidth=bandwidth,
             n_permutations=0,
         ).squared
-        for _ in range(60)
+        for _ in range(40)
     ]
     error = np.std(estimates) / np.sqrt(len(estimates))
     assert abs(np.mean(estimates) - truth) < 3 * error  # unbiased
@@ -67,7 +67,7 @@ A, B = RNG.standard_normal((90, 5)), 0.3 + RNG.standard_normal((70, 5))
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("block", [1, 32, 1000])
+@pytest.mark.parametrize("block", [9, 32, 1000])
 def test_blocks_give_the_direct_sum(biased, block):
     estimator = "biased" if biased else "unbiased"
     found = mmd(A, B, bandwidth=2.0, estimator=estimator, block=block, n_permutations=9)
@@ -94,15 +94,15 @@ def test_median_bandwidth_is_the_median_of_the_pooled_pairs():
 @pytest.mark.parametrize("estimator", ["unbiased", "linear"])
 def test_level_holds_under_the_null_and_a_shift_is_seen(estimator):
     rng = np.random.default_rng(1)
-    size = 60 if estimator == "unbiased" else 400
+    size = 50 if estimator == "unbiased" else 400
     null, shifted = [], []
-    for seed in range(200):
+    for seed in range(150):
         X, Y = rng.standard_normal((size, 3)), rng.standard_normal((size, 3))
         options = {"estimator": estimator, "n_permutations": 60, "random_state": seed}
         null.append(mmd(X, Y, **options).p_value)
         if seed < 30:
             shifted.append(mmd(X, Y + 0.8, **options).p_value)
-    assert 0.01 <= np.mean(np.array(null) <= 0.05) <= 0.10  # 0.05 and three deviations of 0.015
+    assert 0.01 <= np.mean(np.array(null) <= 0.05) <= 0.10  # 0.05 and three deviations of 0.018
     assert 0.4 <= np.mean(null) <= 0.6
     assert np.mean(np.array(shifted) <= 0.05) > 0.9
 
@@ -138,9 +138,9 @@ def test_tensors_of_any_float_dtype(dtype):
 
 def test_large_data_in_single_precision_agree_with_double():
     rng = np.random.default_rng(3)
-    X, Y = rng.standard_normal((1500, 1200)), 1.02 * rng.standard_normal((1500, 1200))
-    found = mmd(X, Y, bandwidth=600.0, n_permutations=0)
-    assert found.squared == pytest.approx(direct_by_gram(X, Y, 600.0), abs=2e-7)
+    X, Y = rng.standard_normal((900, 3200)), 1.02 * rng.standard_normal((900, 3200))
+    found = mmd(X, Y, bandwidth=1600.0, n_permutations=0)
+    assert found.squared == pytest.approx(direct_by_gram(X, Y, 1600.0), abs=2e-7)
 
 
 def direct_by_gram(X, Y, bandwidth):

@@ -91,25 +91,25 @@ def test_floor_and_deviation_of_unrelated_rows_are_exact(shape):
         "pearson": lambda a, b: representational_similarity(a, b, correlation="pearson"),
         "spearman": representational_similarity,
     }
-    orders = [rng.permutation(n) for _ in range(600)]
+    orders = [rng.permutation(n) for _ in range(400)]
     for measure in measures.values():
         floor = measure(X, Y).floor
         null = np.array([measure(X, Y[order]).value for order in orders])
         assert null.mean() == pytest.approx(0, abs=0.1 * floor)
-        assert 2 * null.std() == pytest.approx(floor, rel=0.1)
+        assert 2 * null.std() == pytest.approx(floor, rel=0.12)
         assert np.mean(null > floor) < 0.085
 
 
 @pytest.mark.parametrize("kernel", ["linear", "rbf"])
 def test_level_of_the_p_value_of_cka(kernel):
     rng = np.random.default_rng(2)
-    pairs = rng.standard_normal((300, 2, 50, 2))
+    pairs = rng.standard_normal((250, 2, 50, 2))
     values = np.array([cka(*pair, kernel=kernel).p_value for pair in pairs])
     assert 0.01 <= np.mean(values <= 0.05) <= 0.09
     assert cka(A, B, kernel=kernel).p_value < 1e-6
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(st.integers(0, 2**31), st.sampled_from([1e-8, 1.0, 1e8]), st.floats(-100, 100))
 def test_motions_of_either_side_and_order_change_nothing(seed, scale, shift):
     rng = np.random.default_rng(seed)

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -126,6 +128,12 @@ def test_tensors_in_tensors_out(dtype):
 
 
 CLOUD = rotated_clouds(np.array([0.1, 0.5]))[0]
+
+
+def test_without_geomstats_the_mend_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "geomstats.geometry.grassmannian", None)
+    with pytest.raises(ImportError, match="pip install geomstats"):
+        grassmann_distance(CLOUD, CLOUD, backend="geomstats")
 
 
 @pytest.mark.parametrize(
