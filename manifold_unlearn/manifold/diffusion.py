@@ -189,8 +189,7 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
         n_neighbors = self._clamped_neighbors(n_samples)
         cheap = n_samples**2 * landmarks.shape[1] <= _CHEAP
         landmarks = landmarks.double() if cheap else landmarks.float()
-        center = center_of(landmarks)
-        centered = landmarks - center
+        centered = landmarks - center_of(landmarks)
         bandwidth = None if isinstance(self.bandwidth, str) else float(self.bandwidth)
         if self.backend == "pydiffmap":
             operator = pydiffmap_operator(
@@ -206,7 +205,7 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
             )
         found = spectrum(operator, self.n_components, landmarks.device)
         self._warn_of_parts(found.component)
-        self._keep(X, at, landmarks, center, operator, found, n_neighbors)
+        self._keep(X, at, landmarks, operator, found, n_neighbors)
         full = torch.as_tensor(self.eigenfunctions_, device=rows.device)
         if len(at) < len(rows):
             eigenfunctions, full = full, self._extend(rows)
@@ -379,13 +378,12 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
         X: Array,
         at: Tensor,
         landmarks: Tensor,
-        center: Tensor,
         operator: KernelOperator,
         found: Spectrum,
         n_neighbors: int,
     ) -> None:
         """Set the fitted attributes but ``embedding_``; arrays become of the kind of ``X``."""
-        self.landmark_indices_, self.landmarks_, self.center_ = at, landmarks, center
+        self.landmark_indices_, self.landmarks_ = at, landmarks
         self.squared_support_ = operator.graph.squared_support
         self.alpha_, self.scale_ = float(operator.alpha), operator.scale
         if operator.scale is not None:
@@ -439,7 +437,6 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
         variable = self.scale_ is not None
         fitted = FittedOperator(
             landmarks=tensor(self.landmarks_),
-            center=tensor(self.center_),
             squared_support=tensor(self.squared_support_),
             kernel_sums=tensor(self.kernel_sums_),
             eigenfunctions=tensor(self.eigenfunctions_),

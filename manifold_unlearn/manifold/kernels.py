@@ -16,6 +16,7 @@ from manifold_unlearn.manifold.distances import (
     squared_distance_block,
     squared_norms,
 )
+from manifold_unlearn.manifold.partition import build_index
 from manifold_unlearn.manifold.radius import Pairs, pairs_within, radius_neighbors
 from manifold_unlearn.manifold.search import exact_neighbors
 
@@ -359,7 +360,8 @@ def kernel_graph(
     n_samples = len(X)
     width = 4 * tuned.bandwidth
     base = width * tuned.cutoff
-    pairs = radius_neighbors(X, base, scale=scale, in_order=in_order)
+    index = build_index(X, scale, in_order=in_order)
+    pairs = radius_neighbors(index, base)
     held = 1 + torch.bincount(pairs.rows, minlength=n_samples)
     held += torch.bincount(pairs.columns, minlength=n_samples)
     support = torch.full((n_samples,), base, dtype=X.dtype, device=X.device)
@@ -368,10 +370,10 @@ def kernel_graph(
     if len(few):
         own = None if scale is None else scale[few]
         k = min(n_neighbors, n_samples)
-        near = exact_neighbors(X[few], X, k, scale_A=own, scale_B=scale)[0]
+        near = exact_neighbors(X[few], index, k, scale_A=own)[0]
         support[few] = support_radius(near, base, tuned.offset + width * FAR_CUTOFF)
         beyond = torch.zeros_like(support)
-        wide = pairs_within(X[few], X, support[few], beyond, scale_Q=own, scale_X=scale)
+        wide = pairs_within(X[few], index, support[few], beyond, scale_Q=own)
         keep = (wide.squared_distances > base) & (few[wide.rows] != wide.columns)
         wide = Pairs(few[wide.rows[keep]], wide.columns[keep], wide.squared_distances[keep])
         lists.append(wide)

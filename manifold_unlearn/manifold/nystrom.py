@@ -10,6 +10,7 @@ from torch import Tensor
 from manifold_unlearn.arrays import row_blocks
 from manifold_unlearn.manifold.kernels import NEAR, relative_bandwidth_function, support_radius
 from manifold_unlearn.manifold.markov import LEAST_EIGENVALUE
+from manifold_unlearn.manifold.partition import Index, build_index
 from manifold_unlearn.manifold.radius import Pairs, pairs_within
 from manifold_unlearn.manifold.search import exact_neighbors
 
@@ -24,8 +25,6 @@ class FittedOperator(NamedTuple):
     ----------
     landmarks : Tensor of shape (n_landmarks, n_features)
         The rows fitted.
-    center : Tensor of shape (n_features,)
-        Subtracted before distances are taken.
     squared_support : Tensor of shape (n_landmarks,)
         Squared radius of each fitted row's kernel.
     kernel_sums : Tensor of shape (n_landmarks,)
@@ -43,7 +42,6 @@ class FittedOperator(NamedTuple):
     """
 
     landmarks: Tensor
-    center: Tensor
     squared_support: Tensor
     kernel_sums: Tensor
     eigenfunctions: Tensor
@@ -73,41 +71,37 @@ def extend(X: Tensor, fitted: FittedOperator) -> Extended:
     and divided by their eigenvalues: fitted rows return their own. Rows beyond the kernel's reach
     are placed by their nearest neighbors.
     """
-    landmarks = fitted.landmarks - fitted.center
     n_components = fitted.eigenfunctions.shape[1]
+    index = build_index(fitted.landmarks, fitted.scale)
     result = torch.empty(len(X), n_components, dtype=torch.float64, device=X.device)
     n_far = 0
     for part in row_blocks(len(X), _ROWS):
-        queries = X[part].to(landmarks.dtype) - fitted.center
-        result[part], far = _extend_rows(queries, landmarks, fitted)
+        result[part], far = _extend_rows(X[part].to(fitted.landmarks.dtype), index, fitted)
         n_far += far
     return Extended(result, n_far)
 
 
-def _extend_rows(
-    queries: Tensor, landmarks: Tensor, fitted: FittedOperator
-) -> tuple[Tensor, int]:
-    width = 4 * fitted.bandwidth
+def _extend_rows(queries: Tensor, index: Index, fitted: FittedOperator) -> tuple[Tensor, int]:
+    width, n_landmarks = 4 * fitted.bandwidth, len(fitted.landmarks)
     base, far = width * fitted.cutoff, width * fitted.far_cutoff
-    own, scales = None, {}
+    own = None
     if fitted.scale is not None:
-        near, _ = exact_neighbors(queries, landmarks, min(NEAR + 1, len(landmarks)))
+        near, _ = exact_neighbors(queries, index._replace(scales=None), min(NEAR + 1, n_landmarks))
         own, _ = relative_bandwidth_function(near, fitted.intrinsic_dimension, fitted.typical_scale)
-        scales = {"scale_Q": own, "scale_X": fitted.scale}
     reach = queries.new_full((len(queries),), base)
-    pairs = pairs_within(queries, landmarks, reach, fitted.squared_support, **scales)
+    pairs = pairs_within(queries, index, reach, fitted.squared_support, scale_Q=own)
     inside = pairs.rows[pairs.squared_distances <= base]
     held = torch.bincount(inside, minlength=len(queries))
     few = (held < fitted.n_neighbors).nonzero()[:, 0]
     n_far = 0
     if len(few):
-        some = {"scale_A": own[few], "scale_B": fitted.scale} if own is not None else {}
-        k = min(fitted.n_neighbors, len(landmarks))
-        near, _ = exact_neighbors(queries[few], landmarks, k, **some)
+        scale = None if own is None else own[few]
+        k = min(fitted.n_neighbors, n_landmarks)
+        near, _ = exact_neighbors(queries[few], index, k, scale_A=scale)
         n_far = int((near[:, 0] > far).sum())
-        reach = torch.maximum(support_radius(near, base, far), near[:, 0] + base)
-        some = {"scale_Q": own[few], "scale_X": fitted.scale} if own is not None else {}
-        wide = pairs_within(queries[few], landmarks, reach, fitted.squared_support, **some)
+        reach = support_radius(near, base, far)
+        reach = torch.where(near[:, 0] > base, torch.maximum(reach, near[:, 0] + base), reach)
+        wide = pairs_within(queries[few], index, reach, fitted.squared_support, scale_Q=scale)
         keep = (held >= fitted.n_neighbors)[pairs.rows]
         pairs = Pairs(
             torch.cat([pairs.rows[keep], few[wide.rows]]),
@@ -119,7 +113,7 @@ def _extend_rows(
     nearest.scatter_reduce_(0, pairs.rows, squared, "amin")
     weights = torch.exp((nearest[pairs.rows] - squared) / width)
     weights *= (fitted.kernel_sums**-fitted.alpha)[pairs.columns]
-    shape = (len(queries), len(landmarks))
+    shape = (len(queries), n_landmarks)
     at = torch.stack([pairs.rows, pairs.columns])
     kernel = torch.sparse_coo_tensor(at, weights, shape, check_invariants=False)
     sums = torch.zeros_like(nearest).index_add_(0, pairs.rows, weights)

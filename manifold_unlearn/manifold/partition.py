@@ -132,52 +132,55 @@ def rows_of(leaves: Leaves, chosen: Tensor) -> Tensor | slice:
     )
 
 
-class Searched(NamedTuple):
-    """Rows ``asking`` and the ``rows`` they search, both sorted into leaves.
+class Index(NamedTuple):
+    """Rows to search, sorted into the ``leaves`` of a ``frame``, with their ``scales`` if any."""
 
-    ``center`` (1, n_features) is that of the rows searched; ``gaps`` (n_asking_leaves, n_leaves) are lower bounds of squared distances, divided by the
-    product of the two rows' ``scales`` where there are any.
+    rows: Tensor
+    leaves: Leaves
+    frame: Frame
+    scales: Tensor | None
+
+
+class Searched(NamedTuple):
+    """Rows ``asking``, sorted into leaves too, and the index that they search.
+
+    ``gaps`` (n_asking_leaves, n_leaves) are lower bounds of squared distances, divided by the
+    product of the two rows' scales where there are any.
     """
 
     asking: Tensor
     asking_leaves: Leaves
     asking_scales: Tensor | None
-    rows: Tensor
-    leaves: Leaves
-    scales: Tensor | None
-    center: Tensor
+    index: Index
     gaps: Tensor
 
 
-def prepare(
-    A: Tensor,
-    B: Tensor | None,
-    scale_A: Tensor | None = None,
-    scale_B: Tensor | None = None,
+def build_index(
+    X: Tensor,
+    scale: Tensor | None = None,
+    *,
     rows_per_leaf: int | None = None,
     in_order: bool = False,
-) -> Searched:
-    """Sort ``B`` and ``A`` into leaves; for None ``B`` is ``A`` itself.
+) -> Index:
+    """Sort rows into leaves, unless they stand ``in_order`` as :func:`leaf_order` puts them."""
+    frame = principal_frame(X)
+    leaves = partition(X, frame, rows_per_leaf or leaf_rows(X.device), in_order=in_order)
+    rows = X if in_order else X[leaves.order]
+    return Index(rows, leaves, frame, None if scale is None else scale[leaves.order])
 
-    ``in_order``: the rows searched stand as :func:`leaf_order` puts them.
-    """
-    searched = A if B is None else B
-    size = rows_per_leaf or leaf_rows(A.device)
-    frame = principal_frame(searched)
-    leaves = partition(searched, frame, size, in_order=in_order)
-    rows = searched if in_order else searched[leaves.order]
-    scales = scale_A if B is None else scale_B
-    scales = None if scales is None else scales[leaves.order]
-    if B is None:
-        asked, asking, asking_scales = rows, leaves, scales
+
+def ask(A: Tensor | None, index: Index, scale: Tensor | None = None) -> Searched:
+    """Sort the rows of ``A`` into leaves; for None the rows of the index ask themselves."""
+    leaves = index.leaves
+    if A is None:
+        asked, asking, scales = index.rows, leaves, index.scales
     else:
-        asking = partition(A, frame, size)
-        asked = A[asking.order]
-        asking_scales = None if scale_A is None else scale_A[asking.order]
+        asking = partition(A, index.frame, leaf_rows(A.device))
+        asked, scales = A[asking.order], None if scale is None else scale[asking.order]
     gaps = squared_gaps(asking, leaves)
-    if asking_scales is not None and scales is not None:
-        gaps /= leaf_maxima(asking, asking_scales)[:, None] * leaf_maxima(leaves, scales)
-    return Searched(asked, asking, asking_scales, rows, leaves, scales, frame.center, gaps)
+    if scales is not None and index.scales is not None:
+        gaps /= leaf_maxima(asking, scales)[:, None] * leaf_maxima(leaves, index.scales)
+    return Searched(asked, asking, scales, index, gaps)
 
 
 def leaf_maxima(leaves: Leaves, values: Tensor) -> Tensor:

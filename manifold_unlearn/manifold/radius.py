@@ -14,7 +14,13 @@ from manifold_unlearn.manifold.distances import (
     squared_distance_block,
     squared_norms,
 )
-from manifold_unlearn.manifold.partition import Searched, leaf_maxima, prepare, rows_of
+from manifold_unlearn.manifold.partition import (
+    Index,
+    Searched,
+    ask,
+    leaf_maxima,
+    rows_of,
+)
 
 _REFINE = 1e-4  # part of the squared radius up to which rounding is left standing
 _FLAT = 0.5  # part of the leaves within reach above which all rows are looked at in order
@@ -30,74 +36,51 @@ class Pairs(NamedTuple):
     squared_distances: Tensor
 
 
-def radius_neighbors(
-    X: Tensor,
-    squared_radius: float,
-    *,
-    scale: Tensor | None = None,
-    rows_per_leaf: int | None = None,
-    in_order: bool = False,
-) -> Pairs:
+def radius_neighbors(index: Index, squared_radius: float) -> Pairs:
     """All pairs of rows within a radius, each once with ``rows < columns``.
 
     Parameters
     ----------
-    X : Tensor of shape (n_samples, n_features), float32 or float64
+    index : Index
+        Of the rows (:func:`~manifold_unlearn.manifold.partition.build_index`). With scales, squared
+        distances are divided by the product of the two rows' scales.
     squared_radius : float
         Squared units of the data, or of the scaled distances.
-    scale : Tensor of shape (n_samples,), optional
-        Squared distances are divided by the product of the two rows' scales.
-    rows_per_leaf : int, optional
-        Rows handled together. The answer does not depend on it.
-    in_order : bool
-        Whether the rows stand as :func:`~manifold_unlearn.manifold.partition.leaf_order` puts
-        them. Then the columns of each row's pairs ascend.
 
     Returns
     -------
     Pairs
-        ``squared_distances`` are scaled when ``scale`` is given; off by at most 1e-4 of the
-        squared radius, through rounding.
+        ``squared_distances`` are off by at most 1e-4 of the squared radius, through rounding. The
+        columns of each row ascend where the index was built ``in_order``.
     """
-    searched = prepare(X, None, scale, None, rows_per_leaf, in_order)
-    reach = torch.full((len(X),), squared_radius, dtype=X.dtype, device=X.device)
-    found = _within(searched, reach, None, once=True)
-    if in_order:
-        return found
-    order = searched.leaves.order
+    rows, order = index.rows, index.leaves.order
+    reach = torch.full((len(rows),), squared_radius, dtype=rows.dtype, device=rows.device)
+    found = _within(ask(None, index), reach, None, once=True)
     first, second = order[found.rows], order[found.columns]
     return Pairs(torch.minimum(first, second), torch.maximum(first, second), found[2])
 
 
 def pairs_within(
-    Q: Tensor,
-    X: Tensor,
-    reach_Q: Tensor,
-    reach_X: Tensor,
-    *,
-    scale_Q: Tensor | None = None,
-    scale_X: Tensor | None = None,
-    in_order: bool = False,
+    Q: Tensor, index: Index, reach_Q: Tensor, reach_X: Tensor, *, scale_Q: Tensor | None = None
 ) -> Pairs:
-    """Pairs of a row of ``Q`` and one of ``X`` of which either reaches the other.
+    """Pairs of a row of ``Q`` and one of the index of which either reaches the other.
 
     Parameters
     ----------
-    Q, X : Tensor of shape (n_Q, n_features) and (n_X, n_features)
+    Q : Tensor of shape (n_Q, n_features)
+    index : Index
     reach_Q, reach_X : Tensor of shape (n_Q,) and (n_X,)
         Squared radius of every row: a pair is kept up to the larger of the two.
-    scale_Q, scale_X : Tensor, optional
-        As in :func:`radius_neighbors`.
-    in_order : bool
-        Whether the rows of ``X`` stand as ``leaf_order`` puts them.
+    scale_Q : Tensor, optional
+        Squared distances are divided by it and by the scale of the other row, in the index.
 
     Returns
     -------
     Pairs
-        ``rows`` into ``Q``, ``columns`` into ``X``.
+        ``rows`` into ``Q``, ``columns`` into the rows that the index was built of.
     """
-    searched = prepare(Q, X, scale_Q, scale_X, in_order=in_order)
-    asking, order = searched.asking_leaves.order, searched.leaves.order
+    searched = ask(Q, index, scale_Q)
+    asking, order = searched.asking_leaves.order, index.leaves.order
     found = _within(searched, reach_Q[asking], reach_X[order], once=False)
     return Pairs(asking[found.rows], order[found.columns], found.squared_distances)
 
@@ -106,7 +89,7 @@ def _within(
     searched: Searched, reach: Tensor, other_reach: Tensor | None, *, once: bool
 ) -> Pairs:
     """Pairs in the order of the leaves; ``once``: of a set with itself, rows < columns."""
-    asking, leaves = searched.asking_leaves, searched.leaves
+    asking, leaves = searched.asking_leaves, searched.index.leaves
     limits = leaf_maxima(asking, reach)[:, None]
     if other_reach is not None:
         limits = torch.maximum(limits, leaf_maxima(leaves, other_reach))
@@ -118,7 +101,7 @@ def _within(
     if flat:
         for part in row_blocks(len(searched.asking), _FLAT_ROWS):
             start = part.start if once else 0
-            for piece in row_blocks(len(searched.rows) - start, _BLOCK_COLUMNS):
+            for piece in row_blocks(len(searched.index.rows) - start, _BLOCK_COLUMNS):
                 columns = slice(piece.start + start, piece.stop + start)
                 found.append(_block_pairs(searched, part, columns, reach, other_reach, once))
     else:
@@ -144,17 +127,20 @@ def _block_pairs(
     once: bool,
     local: bool = False,
 ) -> Pairs:
-    A, B = searched.asking[part], searched.rows[columns]
-    middle = A.mean(0, keepdim=True) if local else searched.center
+    index = searched.index
+    A, B = searched.asking[part], index.rows[columns]
+    middle = A.mean(0, keepdim=True) if local else index.frame.center
     A, B = A - middle, B - middle
     squared_A, squared_B = squared_norms(A), squared_norms(B)
     block = squared_distance_block(A, B, squared_A, squared_B)
     limit = reach[part, None]
     if other_reach is not None:
-        limit = torch.maximum(limit, other_reach[columns])
+        others = other_reach[columns]
+        if float(others.max()) > float(limit.min()):
+            limit = torch.maximum(limit, others)
     product = None
-    if searched.asking_scales is not None and searched.scales is not None:
-        product = searched.asking_scales[part, None] * searched.scales[columns]
+    if searched.asking_scales is not None and index.scales is not None:
+        product = searched.asking_scales[part, None] * index.scales[columns]
         limit = limit * product
     error_A, error_B = rounding_error(squared_A), rounding_error(squared_B)
     coarse = float(error_A.max() + error_B.max()) > _REFINE * float(limit.min())
@@ -174,7 +160,7 @@ def _block_pairs(
     limits = limit.expand_as(block)[rows, at] if coarse else None
     if limits is not None:
         again = (error_A[rows] + error_B[at] > _REFINE * limits).nonzero()[:, 0]
-        first_rows, second_rows = searched.asking[part], searched.rows[columns]
+        first_rows, second_rows = searched.asking[part], index.rows[columns]
         values[again] = exact_squared_distances(first_rows, second_rows, rows[again], at[again])
         keep = values <= limits
         rows, at, values = rows[keep], at[keep], values[keep]

@@ -15,7 +15,7 @@ from manifold_unlearn.manifold.distances import (
     squared_distance_block,
     squared_norms,
 )
-from manifold_unlearn.manifold.partition import Searched, prepare, rows_of
+from manifold_unlearn.manifold.partition import Frame, Index, Searched, ask, build_index, rows_of
 
 _SPARE = 8  # candidates kept beyond k, so that rounding in the matrix product reorders none away
 _PROBED = 4  # leaves from which the part of the leaves that a search visits is guessed
@@ -26,11 +26,10 @@ _GROUP = 16  # columns of which the smallest stands for all, before the k smalle
 
 def exact_neighbors(
     A: Tensor,
-    B: Tensor | None,
+    B: Tensor | Index | None,
     k: int,
     *,
     scale_A: Tensor | None = None,
-    scale_B: Tensor | None = None,
     first_pass: torch.dtype | None = None,
     block_columns: int = 8192,
     rows_per_leaf: int | None = None,
@@ -40,11 +39,12 @@ def exact_neighbors(
     Parameters
     ----------
     A : Tensor of shape (n_samples, n_features), float32 or float64
-    B : Tensor of shape (n_searched, n_features) or None
+    B : Tensor of shape (n_searched, n_features), Index or None
         None: ``A`` itself, each row's own entry left out.
     k : int
-    scale_A, scale_B : Tensor of shape (n_samples,) and (n_searched,), optional
-        Squared distances are divided by the product of the two rows' scales.
+    scale_A : Tensor of shape (n_samples,), optional
+        Squared distances are divided by the product of the two rows' scales; those of ``B`` are
+        in its index.
     first_pass : torch.dtype, optional
         Dtype of the matrix products, half precision; twice as many candidates are kept, and
         ranked by their distances in the dtype of ``A``, but none is certain.
@@ -52,7 +52,11 @@ def exact_neighbors(
         Columns of one block of distances.
     rows_per_leaf : int, optional
     """
-    searched = prepare(A, B, scale_A, scale_B, rows_per_leaf)
+    if isinstance(B, Index):
+        index = B
+    else:
+        index = build_index(A if B is None else B, rows_per_leaf=rows_per_leaf)
+    searched = ask(None if B is None else A, index, scale_A)
     order, starts = searched.asking_leaves.order, searched.asking_leaves.starts
     distances = torch.empty(len(A), k, dtype=A.dtype, device=A.device)
     indices = torch.empty(len(A), k, dtype=torch.int64, device=A.device)
@@ -62,7 +66,7 @@ def exact_neighbors(
     for leaf, part in enumerate(parts):
         search = _LeafSearch(searched, part, k, own=B is None, flat=flat, first_pass=first_pass)
         if flat:
-            for columns in row_blocks(len(searched.rows), block_columns):
+            for columns in row_blocks(len(index.rows), block_columns):
                 search.look_at(columns)
         else:
             search.look_near(searched.gaps[leaf], block_columns)
@@ -70,13 +74,10 @@ def exact_neighbors(
         distances[at], indices[at], certain[at] = search.result()
     if A.dtype == torch.float32 and first_pass is None and not bool(certain.all()):
         doubtful = (~certain).nonzero()[:, 0]
-        wide, at = exact_neighbors(
-            A[doubtful].double(),
-            (A if B is None else B).double(),
-            k + (B is None),
-            scale_A=None if scale_A is None else scale_A[doubtful].double(),
-            scale_B=None if scale_B is None else scale_B.double(),
-        )
+        scale = None if scale_A is None else scale_A[doubtful].double()
+        frame = Frame(*(part.double() for part in index.frame))
+        wider = index._replace(rows=index.rows.double(), frame=frame)
+        wide, at = exact_neighbors(A[doubtful].double(), wider, k + (B is None), scale_A=scale)
         if B is None:
             keep = without_own(at, doubtful)
             wide, at = wide[keep].reshape(-1, k), at[keep].reshape(-1, k)
@@ -93,13 +94,13 @@ def without_own(indices: Tensor, own: Tensor) -> Tensor:
 
 def _visited(searched: Searched, k: int) -> float:
     """Part of the leaves that a search will visit, guessed from a few leaves."""
-    starts, n_leaves = searched.asking_leaves.starts, len(searched.gaps)
+    starts, n_leaves, index = searched.asking_leaves.starts, len(searched.gaps), searched.index
     share = 0.0
     probes = range(0, n_leaves, -(-n_leaves // _PROBED))
     for leaf in probes:
         gaps = searched.gaps[leaf]
-        near = searched.rows[rows_of(searched.leaves, gaps.argsort()[:4])] - searched.center
-        queries = searched.asking[starts[leaf] : starts[leaf + 1]] - searched.center
+        near = index.rows[rows_of(index.leaves, gaps.argsort()[:4])] - index.frame.center
+        queries = searched.asking[starts[leaf] : starts[leaf + 1]] - index.frame.center
         block = squared_distance_block(queries, near, squared_norms(queries), squared_norms(near))
         reach = block.topk(min(k, len(near)), dim=1, largest=False).values[:, -1].max()
         share += float((gaps <= reach).double().mean())
@@ -119,22 +120,22 @@ class _LeafSearch:
         flat: bool,
         first_pass: torch.dtype | None,
     ) -> None:
-        self.searched, self.k, self.first_pass = searched, k, first_pass
+        self.index, self.k, self.first_pass = searched.index, k, first_pass
         self.queries, self.scales = searched.asking[part], searched.asking_scales
         if self.scales is not None:
             self.scales = self.scales[part]
         self.own = torch.arange(part.start, part.stop, device=self.queries.device) if own else None
-        self.center = searched.center if flat else self.queries.mean(0, keepdim=True)
+        self.center = searched.index.frame.center if flat else self.queries.mean(0, keepdim=True)
         self.centered = self.queries - self.center
         self.squared = squared_norms(self.centered)
-        self.available = len(searched.rows) - own
+        self.available = len(self.index.rows) - own
         self.kept = min(k + _SPARE if first_pass is None else 2 * k + _SPARE, self.available)
         self.best = self.centered.new_empty(len(self.queries), 0)
         self.at = torch.empty((len(self.queries), 0), dtype=torch.int64, device=self.best.device)
 
     def look_near(self, gaps: Tensor, block_columns: int) -> None:
         """Look at leaves by their gaps, until no other can hold a better candidate."""
-        leaves = self.searched.leaves
+        leaves = self.index.leaves
         gaps, visit = gaps.sort(stable=True)
         n_leaves, size = len(gaps), leaves.starts[1] + 1
         done, wanted = 0, max(4 * self.kept, 4 * size)
@@ -152,15 +153,15 @@ class _LeafSearch:
         """Rounding error of the squared distances up to the farthest candidate, for each row."""
         # that of a far row grows with its norm, but so does its distance: |y| <= |x| + |x - y|
         farthest = self.best.amax(1).clamp_min(0)
-        if self.scales is None or self.searched.scales is None:
+        if self.scales is None or self.index.scales is None:
             return 3 * rounding_error(self.squared) + 2 * rounding_error(farthest)
-        unit = self.scales * float(self.searched.scales.min())
-        most = self.scales * float(self.searched.scales.max())
+        unit = self.scales * float(self.index.scales.min())
+        most = self.scales * float(self.index.scales.max())
         return (3 * rounding_error(self.squared) + 2 * rounding_error(farthest * most)) / unit
 
     def look_at(self, columns: Tensor | slice) -> None:
         """Keep the best of the candidates kept and the rows at ``columns``, ascending."""
-        other = self.searched.rows[columns] - self.center
+        other = self.index.rows[columns] - self.center
         block = self._distances(other, columns)
         first = columns.start if isinstance(columns, slice) else 0
         numbers = None if isinstance(columns, slice) else columns
@@ -188,20 +189,20 @@ class _LeafSearch:
         else:
             product = self.centered.to(self.first_pass) @ other.to(self.first_pass).T
             block = (self.squared[:, None] + squared).sub_(product, alpha=2)
-        if self.scales is not None and self.searched.scales is not None:
-            block /= self.scales[:, None] * self.searched.scales[columns]
+        if self.scales is not None and self.index.scales is not None:
+            block /= self.scales[:, None] * self.index.scales[columns]
         return block
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """Distances, indices and certainty: that no row left out is nearer than the k-th kept."""
-        numbers, order = self.searched.leaves.order[self.at].sort(dim=1)
+        numbers, order = self.index.leaves.order[self.at].sort(dim=1)
         at, exact = self.at.gather(1, order), torch.empty_like(self.best)
         chunk = 2**18 // (self.queries.shape[1] * self.kept) if at.is_cpu else 1024
         for part in row_blocks(len(at), max(1, chunk)):
-            difference = self.searched.rows[at[part]].sub_(self.queries[part, None])
+            difference = self.index.rows[at[part]].sub_(self.queries[part, None])
             exact[part] = squared_norms(difference)
-        if self.scales is not None and self.searched.scales is not None:
-            exact /= self.scales[:, None] * self.searched.scales[at]
+        if self.scales is not None and self.index.scales is not None:
+            exact /= self.scales[:, None] * self.index.scales[at]
         exact, order = exact.sort(dim=1, stable=True)
         certain = exact[:, self.k - 1] + self._slack() <= self.best.amax(1)
         certain |= self.kept == self.available

@@ -7,6 +7,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from manifold_unlearn.manifold.distances import center_of
 from manifold_unlearn.manifold.neighbors import nearest_neighbors
+from manifold_unlearn.manifold.partition import build_index
 from manifold_unlearn.manifold.radius import radius_neighbors
 
 
@@ -103,7 +104,7 @@ def test_radius_pairs_match_all_distances(rows_per_leaf, scaled):
     X = torch.from_numpy(cloud(150, 5))
     X = X - center_of(X)
     scale = torch.linspace(0.5, 2, 150, dtype=X.dtype) if scaled else None
-    found = radius_neighbors(X, 4.0, scale=scale, rows_per_leaf=rows_per_leaf)
+    found = radius_neighbors(build_index(X, scale, rows_per_leaf=rows_per_leaf), 4.0)
     expected = torch.cdist(X, X).square()
     if scale is not None:
         expected = expected / (scale[:, None] * scale)
@@ -118,8 +119,8 @@ def test_radius_pairs_of_far_rows_are_exact():
     X = torch.from_numpy(cloud(100, 3)).float() * 0.01
     X[50:] += 1e4
     X = torch.cat([X, torch.full((1, 3), 1e8)])
-    found = radius_neighbors(X, 1e-4)
-    exact = radius_neighbors(X.double(), 1e-4)
+    found = radius_neighbors(build_index(X), 1e-4)
+    exact = radius_neighbors(build_index(X.double()), 1e-4)
     assert torch.equal(found.rows, exact.rows)
     assert torch.equal(found.columns, exact.columns)
     torch.testing.assert_close(
