@@ -12,8 +12,8 @@ from manifold_unlearn.arrays import row_blocks
 from manifold_unlearn.manifold.neighbors import nearest_neighbors
 
 _BLOCK = 2**22  # entries of one gathered block of neighbors
-_SEARCHES = 6  # times that the neighbors of a moving foot are looked up again
-_STEPS = 60
+_SEARCHES = 4  # times that the neighbors of a moving foot are looked up
+_STEPS = 40
 _TOLERANCE = 1e-9  # of the chart's radius
 _STRAIGHT = 1e-6  # slope left over a tangent plane
 _OFF_CENTER = 2.0  # deviations from the neighbors' mean up to which a chart is trusted
@@ -115,6 +115,7 @@ def surface_charts(
     n_neighbors: int,
     order: int,
     curved: bool = False,
+    n_steps: int = _STEPS,
 ) -> Charts:
     """Feet of the rows of ``X`` on the surface that ``landmarks`` sample, and the charts there.
 
@@ -138,6 +139,8 @@ def surface_charts(
         Of the polynomials, 1 or 2.
     curved : bool
         Whether the second fundamental form is wanted: n * k * k * d numbers.
+    n_steps : int
+        Most steps between two searches for neighbors; fewer give rough feet.
     """
     n_samples, n_features = X.shape
     k, n_curved = dimension, n_samples if curved else 0
@@ -159,7 +162,9 @@ def surface_charts(
         inside = torch.ones(len(left), dtype=torch.bool, device=X.device)
         for part in row_blocks(len(left), max(1, _BLOCK // (n_candidates * n_features))):
             rows = left[part]
-            inside[part] = _settle(charts, rows, X, landmarks[found[part]], n_neighbors, order)
+            inside[part] = _settle(
+                charts, rows, X, landmarks[found[part]], n_neighbors, order, n_steps
+            )
         if whole:
             break
         left = left[~inside]
@@ -169,7 +174,13 @@ def surface_charts(
 
 
 def _settle(
-    charts: Charts, rows: Tensor, X: Tensor, candidates: Tensor, n_neighbors: int, order: int
+    charts: Charts,
+    rows: Tensor,
+    X: Tensor,
+    candidates: Tensor,
+    n_neighbors: int,
+    order: int,
+    n_steps: int,
 ) -> Tensor:
     """Iterate ``rows`` to rest among their candidates; whether these hold their neighbors."""
     k = charts.bases.shape[2]
@@ -185,7 +196,7 @@ def _settle(
     basis = _principal(local.points, squared, n_neighbors, k)
     settled = torch.zeros(len(rows), dtype=torch.bool, device=X.device)
     active, points, norms = torch.arange(len(rows), device=X.device), local.points, local.norms
-    for count in range(_STEPS):
+    for count in range(n_steps):
         at, plane = point[active], basis[active]
         fit = _regress(points, norms, at, plane, n_neighbors, order)
         step = _step_to_foot(fit, query[active] - at, plane)

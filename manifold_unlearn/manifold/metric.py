@@ -120,6 +120,7 @@ def pushforward_metric(
     functions = np.concatenate([g, g[:, a] * g[:, b]], axis=1)
     images = (markov @ functions - functions) / width
     pairs = (images[:, s:] - g[:, a] * images[:, b] - g[:, b] * images[:, a]) / 2
+    pairs = markov @ pairs  # a row's few neighbors scatter it: paths would follow its dips
     cometric = np.empty((len(g), s, s))
     cometric[:, a, b] = cometric[:, b, a] = pairs
     h = torch.from_numpy(cometric).to(f.device) * (unit[:, None] * unit[None, :])

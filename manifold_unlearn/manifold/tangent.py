@@ -31,14 +31,15 @@ from manifold_unlearn.manifold.multiscale import (
     scale_sizes,
     scale_spectra,
 )
-from manifold_unlearn.manifold.neighbors import Neighbors, nearest_neighbors
+from manifold_unlearn.manifold.neighbors import nearest_neighbors
 
 __all__ = ["Curvature", "TangentBundle"]
 
 _CHEAP = 1e10  # multiplications up to which distances are double precision, else single
 _ENTRIES = 2**24  # numbers of one block of second fundamental forms
 _ANCHORS = 1000  # rows whose local spectra are looked at
-_PROBES = 128  # rows that the number of neighbors is chosen on
+_PROBES = 64  # rows that the number of neighbors is chosen on
+_ROUGH = 20  # steps to their feet
 _SMOOTHED = 16  # neighboring spectra averaged for a local dimension
 _ISOLATED = 30.0  # radius, over the usual one, from which a row is no part of the manifold
 _WIDENED = 8  # times n_neighbors that noise may make of a chart's rows
@@ -160,15 +161,13 @@ class TangentBundle(TransformerMixin, BaseEstimator):
             )
         cheap = len(at) ** 2 * rows.shape[1] <= _CHEAP
         rows = rows.double() if cheap else rows.float()
-        nearest = nearest_neighbors(rows[at], min(len(at) - 1, max(1, self.n_neighbors // 4)))
-        kept = _distinct(nearest)
-        at, reach = at[kept], nearest.squared_distances[kept, -1].sqrt()
+        at = at[_distinct(rows[at])]
         if len(at) < 3:
             raise ValueError(
                 f"only {len(at)} of {len(rows)} samples are distinct: there is no geometry to "
                 "learn. Give data with distinct rows."
             )
-        at = self._without_isolated(len(rows), at, reach)
+        at = self._without_isolated(rows, at)
         landmarks = rows[at]
         n_neighbors = self._clamped_neighbors(len(landmarks))
         spectra, anchors, found = _look(landmarks, n_neighbors)
@@ -362,14 +361,16 @@ class TangentBundle(TransformerMixin, BaseEstimator):
         )
         return n_samples - 1
 
-    def _without_isolated(self, n_samples: int, at: Tensor, reach: Tensor) -> Tensor:
+    def _without_isolated(self, rows: Tensor, at: Tensor) -> Tensor:
         """Indices ``at`` without rows that are far from all others."""
+        near = max(1, min(self.n_neighbors, len(at) - 1) // 4)
+        reach = nearest_neighbors(rows[at], near).squared_distances[:, -1].sqrt()
         isolated = reach > _ISOLATED * float(np.quantile(reach.cpu().numpy(), 0.9))
         count = int(isolated.sum())
         if count == 0 or len(at) - count < 3:
             return at
         warnings.warn(
-            f"{count} of {n_samples} samples lie more than {_ISOLATED:.0f} times the usual distance"
+            f"{count} of {len(rows)} samples lie more than {_ISOLATED:.0f} times the usual distance"
             f" from their neighbors, the first is row {int(at[isolated][0])}: they are left out of"
             " the manifold. Remove them, or add data around them.",
             UserWarning,
@@ -431,10 +432,12 @@ class TangentBundle(TransformerMixin, BaseEstimator):
         return charts, rows
 
 
-def _distinct(found: Neighbors) -> Tensor:
-    """Mask of the rows that no earlier row equals; equal neighbors are listed by index."""
-    earlier = found.indices[:, 0] < torch.arange(len(found.indices), device=found.indices.device)
-    return ~((found.squared_distances[:, 0] == 0) & earlier)
+def _distinct(X: Tensor) -> Tensor:
+    """Indices, ascending, of the rows that no earlier row equals."""
+    words = np.ascontiguousarray((X + 0.0).cpu().numpy())  # one zero, not two
+    whole = words.view(np.dtype((np.void, words.dtype.itemsize * words.shape[1])))[:, 0]
+    _, first = np.unique(whole, return_index=True)
+    return torch.from_numpy(np.sort(first)).to(X.device)
 
 
 def _spaced(n_rows: int, wanted: int, like: Tensor) -> Tensor:
@@ -464,16 +467,19 @@ def _chart_size(landmarks: Tensor, k: int, start: int, wanted: int) -> tuple[int
     """
     probes = landmarks[_spaced(len(landmarks), _PROBES, landmarks)]
     most = min(_WIDENED * wanted, (len(landmarks) - 1) // 2)
-    size = start
-    charts = surface_charts(
-        probes, landmarks, dimension=k, n_neighbors=size, order=chart_order(k, size)
-    )
-    while 2 * size <= most and k < landmarks.shape[1]:
-        wider = surface_charts(
-            probes, landmarks, dimension=k, n_neighbors=2 * size, order=chart_order(k, 2 * size)
+
+    def charts_of(size: int) -> Charts:
+        order = chart_order(k, size)
+        return surface_charts(
+            probes, landmarks, dimension=k, n_neighbors=size, order=order, n_steps=_ROUGH
         )
+
+    size, charts = start, charts_of(start)
+    while 2 * size <= most and k < landmarks.shape[1]:
+        wider = charts_of(2 * size)
         moved = (wider.feet - charts.feet).square().sum(1)
-        if float(moved.median()) > float(charts.variance.median()):
+        clear = 2 * int(charts.settled.sum()) >= len(probes)  # else noise hides the manifold
+        if clear and float(moved.median()) > float(charts.variance.median()):
             break
         size, charts = 2 * size, wider
     normal = max(1, landmarks.shape[1] - k)
