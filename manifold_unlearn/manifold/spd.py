@@ -136,7 +136,7 @@ def _checked(matrices: Array, name: str) -> Tensor:
     scale = flat.abs().amax((1, 2)).clamp_min(1e-300)
     uneven = (flat - flat.mT).abs().amax((1, 2)) > (1e-2 if narrow else 1e-8) * scale
     values = (values + values.mT) / 2
-    least = torch.linalg.eigvalsh(values).reshape(len(flat), -1)[:, 0]
+    least = torch.linalg.eigvalsh(values).reshape(flat.shape[:2])[:, 0]
     bad = uneven | (least <= 0)
     if bool(bad.any()):
         row = int(bad.nonzero()[0, 0])

@@ -479,7 +479,7 @@ def _chart_size(landmarks: Tensor, k: int, start: int, wanted: int) -> tuple[int
         wider = charts_of(2 * size)
         moved = (wider.feet - charts.feet).square().sum(1)
         clear = 2 * int(charts.settled.sum()) >= len(probes)  # else noise hides the manifold
-        if clear and float(moved.median()) > float(charts.variance.median()):
+        if clear and float(moved.mean()) > float(charts.variance.mean()):
             break
         size, charts = 2 * size, wider
     normal = max(1, landmarks.shape[1] - k)
