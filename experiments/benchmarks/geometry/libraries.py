@@ -249,7 +249,7 @@ def dimension_ours(X: np.ndarray, job: Job) -> float:
     from manifold_unlearn.manifold.dimension import intrinsic_dimension
 
     options = {} if job.method == "default" else {"method": job.method}
-    return float(intrinsic_dimension(X, **options))
+    return float(intrinsic_dimension(X, device=job.device, **options))
 
 
 def dimension_skdim(X: np.ndarray, job: Job) -> float:

@@ -91,7 +91,7 @@ def neighbor_cases(config: Sizes) -> Iterator[Case]:
                    lambda: ({}, lambda _: {}), shape)  # fmt: skip
         for name, draw in (("clusters", clusters), ("power law", power_law), ("roll", roll)):
             compiled = ("pynndescent",) if name in config.compiled_on else ()
-            methods = libraries("faiss", *compiled) | {"ours": ("exact",)}
+            methods = {"ours": ("exact",)} | libraries("faiss", *compiled)
             if name == "power law":  # exact search costs the same whatever the data
                 methods |= libraries("scikit_learn", "torchdr") | {"ours": ("exact", "auto")}
                 if any("cuda" in device for device in config.device):  # slow where emulated
