@@ -11,9 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from manifold_unlearn.arrays import Array, Device, generator, restore
+from manifold_unlearn.arrays import Array, Device, generator, restore, row_blocks
+from manifold_unlearn.manifold.distances import center_of
 from manifold_unlearn.manifold.hausdorff import both_hausdorff
-from manifold_unlearn.manifold.mmd import mmd, two_clouds
+from manifold_unlearn.manifold.mmd import all_equal, mmd, two_clouds
 from manifold_unlearn.manifold.similarity import (
     Similarity,
     cka,
@@ -34,6 +35,7 @@ from manifold_unlearn.manifold.transport import gromov_wasserstein
 __all__ = ["ManifoldComparison", "compare_manifolds"]
 
 _ROBUST = 0.95  # quantile of the robust Hausdorff distance
+_BLOCK = 4096
 _SPLITS = 2  # random halves of each side that a floor is made from
 _LEAST_HALF = 4  # rows of a half
 _DECOMPOSED = 2048  # rows and columns up to which Procrustes is by all rows
@@ -248,7 +250,7 @@ def compare_manifolds(
             "say paired=False."
         )
     for name, side in (("A", X), ("B", Y)):
-        if bool((side == side[:1]).all()):
+        if all_equal(side):
             raise ValueError(
                 f"all {len(side)} rows of {name} are equal: a point is no manifold. Give data "
                 "with distinct rows."
@@ -303,8 +305,10 @@ def _wanted(measures: Sequence[str] | str) -> Sequence[str]:
 
 
 def _warn_of_dominant_row(X: Tensor, name: str) -> None:
-    scaled = X / X.abs().max()
-    squared = (scaled - scaled.median(0).values).double().square().sum(1)
+    center = center_of(X)
+    lengths = [(X[part] - center).norm(dim=1) for part in row_blocks(len(X), _BLOCK)]
+    length = torch.cat(lengths).double()
+    squared = (length / length.max()).square()
     row = int(squared.argmax())
     share = float(squared[row] / squared.sum())
     if share > _DOMINANT and len(X) > 8:

@@ -11,9 +11,10 @@ from torch import Tensor
 from manifold_unlearn.arrays import Array, Device, as_rows, generator, row_blocks
 from manifold_unlearn.manifold.distances import center_of, squared_distance_block
 
-__all__ = ["MMD", "median_squared_distance", "mmd", "two_clouds"]
+__all__ = ["MMD", "all_equal", "median_squared_distance", "mmd", "two_clouds"]
 
 _CHEAP = 1e10  # multiplications up to which distances are double precision, else single
+_EQUAL_ROWS = 4096
 _MEDIAN_ROWS = 1000  # rows whose distances the median is taken of
 _SCALES = (4.0, 2.0, 1.0, 0.5, 0.25)  # of the median bandwidth; each the half of the one before
 
@@ -65,6 +66,12 @@ def two_clouds(
         )
     dtype = torch.promote_types(X.dtype, Y.dtype)
     return X.to(dtype), Y.to(dtype)
+
+
+def all_equal(X: Tensor) -> bool:
+    """Whether all rows are one; mostly known from the first block."""
+    blocks = row_blocks(len(X), _EQUAL_ROWS)
+    return all(bool((X[part] == X[:1]).all()) for part in blocks)
 
 
 def median_squared_distance(X: Tensor, random_state: Any = 0) -> float:

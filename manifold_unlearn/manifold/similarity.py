@@ -11,7 +11,7 @@ from torch import Tensor
 
 from manifold_unlearn.arrays import Array, Device, generator, row_blocks
 from manifold_unlearn.manifold.distances import center_of, squared_distance_block
-from manifold_unlearn.manifold.mmd import median_squared_distance, two_clouds
+from manifold_unlearn.manifold.mmd import all_equal, median_squared_distance, two_clouds
 from manifold_unlearn.manifold.neighbors import nearest_neighbors
 
 __all__ = [
@@ -65,7 +65,7 @@ def paired_clouds(
             f"A and B have {len(X)} rows; at least {min_samples} are needed. Add rows."
         )
     for name, side in (("A", X), ("B", Y)):
-        if bool((side == side[:1]).all()):
+        if all_equal(side):
             raise ValueError(
                 f"all {len(side)} rows of {name} are equal: nothing varies that could be "
                 "compared. Give data with distinct rows."

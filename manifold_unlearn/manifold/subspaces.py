@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from manifold_unlearn.arrays import Array, Device, generator, restore
-from manifold_unlearn.manifold.mmd import two_clouds
+from manifold_unlearn.manifold.mmd import all_equal, two_clouds
 
 __all__ = ["grassmann_distance", "principal_angles", "principal_axes"]
 
@@ -50,7 +50,7 @@ def principal_axes(X: Tensor, random_state: Any = 0) -> PrincipalAxes:
     """
     centered = (X - X.mean(0)).double()
     scale = centered.abs().max()
-    if float(scale) == 0 or bool((X - X[:1] == 0).all()):
+    if float(scale) == 0 or all_equal(X):
         raise ValueError(
             f"all {len(X)} rows are equal and span no subspace. Give data with distinct rows."
         )

@@ -1,5 +1,6 @@
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -224,6 +225,17 @@ def test_neighbors_are_clamped_with_a_warning():
 def test_impossible_requests_are_refused(X, Y, options, message):
     with pytest.raises(ValueError, match=message):
         compare_manifolds(X, Y, **options)
+
+
+@pytest.mark.slow
+def test_all_measures_of_5000_rows_of_768_take_well_under_a_minute():
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((5000, 768), dtype=np.float32) / np.arange(1, 769, dtype=np.float32)
+    Y = X + 0.01 * rng.standard_normal((5000, 768), dtype=np.float32)
+    start = time.process_time()
+    found = compare_manifolds(X, Y)
+    assert time.process_time() - start < 45
+    assert found.skipped == {}
 
 
 def test_an_empty_comparison_prints():
