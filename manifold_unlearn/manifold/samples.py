@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -279,6 +280,109 @@ def swiss_roll(
         isometry,
         lambda a, b: np.linalg.norm(a - b, axis=-1),
     )
+
+
+def hypersphere(
+    n_samples: int,
+    *,
+    dimension: int,
+    n_features: int | None = None,
+    radius: float = 1.0,
+    noise: float = 0.0,
+    random_state: int | None = None,
+) -> ManifoldSample:
+    """Uniform sample of the sphere of any dimension; eigenfunctions of degree 1.
+
+    Parameters
+    ----------
+    n_samples : int
+    dimension : int
+        Of the sphere, at least 1; there are ``dimension + 1`` eigenfunctions, with the eigenvalue
+        ``dimension / radius**2``.
+    n_features : int, optional
+        Ambient dimension, at least ``dimension + 1``, the default.
+    radius : float
+    noise : float
+        Standard deviation of Gaussian noise per ambient coordinate, in units of the points.
+    random_state : int or None
+
+    Raises
+    ------
+    ValueError
+        ``n_features`` or ``dimension`` too small.
+    """
+    _require_dimension(dimension)
+    random = _random(random_state)
+    unit = random.standard_normal((n_samples, dimension + 1))
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    points, isometry = _embed(radius * unit, n_features or dimension + 1, noise, random)
+    half = (dimension + 1) / 2
+    area = 2 * np.pi**half / math.gamma(half) * radius**dimension
+    return ManifoldSample(
+        points,
+        unit,
+        np.full(dimension + 1, dimension / radius**2),
+        np.sqrt(dimension + 1) * unit,
+        dimension,
+        np.full(n_samples, 1 / area),
+        isometry,
+        lambda a, b: 2 * radius * np.arcsin(np.clip(np.linalg.norm(a - b, axis=-1) / 2, 0, 1)),
+    )
+
+
+def linear_subspace(
+    n_samples: int,
+    *,
+    dimension: int,
+    n_features: int | None = None,
+    scale: float = 1.0,
+    noise: float = 0.0,
+    random_state: int | None = None,
+) -> ManifoldSample:
+    """Gaussian on a linear subspace: dimension without curvature.
+
+    The eigenvalues and eigenfunctions are those of the Gaussian-weighted Laplacian
+    (Ornstein-Uhlenbeck): the coordinates, each with the eigenvalue ``1 / scale**2``, of mean square
+    1 under the Gaussian.
+
+    Parameters
+    ----------
+    n_samples : int
+    dimension : int
+        Of the subspace, at least 1.
+    n_features : int, optional
+        Ambient dimension, at least ``dimension``, the default.
+    scale : float
+        Standard deviation along the subspace.
+    noise : float
+        Standard deviation of Gaussian noise per ambient coordinate, in units of the points.
+    random_state : int or None
+
+    Raises
+    ------
+    ValueError
+        ``n_features`` or ``dimension`` too small.
+    """
+    _require_dimension(dimension)
+    random = _random(random_state)
+    normal = random.standard_normal((n_samples, dimension))
+    points, isometry = _embed(scale * normal, n_features or dimension, noise, random)
+    logs = -(normal**2).sum(axis=1) / 2 - dimension / 2 * np.log(2 * np.pi * scale**2)
+    return ManifoldSample(
+        points,
+        scale * normal,
+        np.full(dimension, 1 / scale**2),
+        normal,
+        dimension,
+        np.exp(logs),
+        isometry,
+        lambda a, b: np.linalg.norm(a - b, axis=-1),
+    )
+
+
+def _require_dimension(dimension: int) -> None:
+    if dimension < 1:
+        raise ValueError(f"dimension={dimension} must be at least 1.")
 
 
 def _random(random_state: int | None) -> Random:
