@@ -17,6 +17,7 @@ _STEPS = 40
 _TOLERANCE = 1e-9  # of the chart's radius
 _STRAIGHT = 1e-6  # slope left over a tangent plane
 _OFF_CENTER = 2.0  # deviations from the neighbors' mean up to which a chart is trusted
+_SLACK = 1e-3
 _REMOTE = 3.0  # extents of a row's neighbors beyond which the nearest stands in for it
 _FOCAL = 0.2  # least eigenvalue of 1 - <II, x - p> for a Newton step
 _RIDGE = 1e-9
@@ -358,7 +359,10 @@ def _step_to_foot(fit: _Fit, offset: Tensor, basis: Tensor) -> Tensor:
     scale, axes = torch.linalg.eigh(fit.covariance)
     deviations = scale.clamp_min(1e-300).sqrt()
     relative = _apply(axes.mT, along - fit.center) / deviations
-    far = (relative.norm(dim=1, keepdim=True) / _OFF_CENTER).clamp_min(1)
+    # what rests at an end may stay: a foot there is its own foot
+    resting = along.norm(dim=1, keepdim=True) <= _SLACK * fit.radius[:, None]
+    limit = torch.where(resting, _OFF_CENTER * (1 + _SLACK), _OFF_CENTER)
+    far = (relative.norm(dim=1, keepdim=True) / limit).clamp_min(1)
     along = fit.center + _apply(axes, relative / far * deviations)
     curved = torch.einsum("bijs,bi,bj->bs", fit.second, along, along) / 2
     return fit.value + _apply(fit.slope.mT, along) + curved

@@ -128,7 +128,8 @@ def test_beyond_its_ends_the_manifold_is_not_continued_far():
     assert (feet > -0.2).all()
     assert (feet < 1.2).all()
     np.testing.assert_allclose(feet[2], [0.5, 0.5], atol=1e-9)
-    np.testing.assert_allclose(bundle.project(feet @ isometry(8, 2)) @ isometry(8, 2).T, feet)
+    again = bundle.project(feet @ isometry(8, 2)) @ isometry(8, 2).T
+    np.testing.assert_allclose(again, feet, atol=1e-8)
 
 
 # dimension
@@ -364,10 +365,10 @@ def test_parts_keep_to_themselves():
 
 
 ODD = {
-    "constant columns": np.c_[BASE, np.ones((400, 3))],
+    "constant columns": np.c_[BASE, np.ones((400, 3))][:150],
     "rank one": np.linspace(0, 1, 200)[:, None] * np.arange(1.0, 5.0),
     "one column": np.random.default_rng(0).uniform(size=(100, 1)),
-    "wide": high_sphere(2, 60, n_features=500),
+    "wide": high_sphere(2, 40, n_features=200),
     "few": BASE[:12],
     "grid": np.stack(np.meshgrid(*[np.arange(12.0)] * 2), -1).reshape(-1, 2),
     "three": BASE[:3],
@@ -398,7 +399,7 @@ def test_neighbors_are_clamped_with_a_warning():
 
 
 def test_linear_charts_have_no_curvature():
-    fitted = TangentBundle(5, n_neighbors=16).fit(BASE)
+    fitted = TangentBundle(5, n_neighbors=2).fit(BASE)
     assert fitted.order_ == 1
     with pytest.raises(ValueError, match="Fit with n_neighbors=32 or more"):
         fitted.curvature(BASE)
