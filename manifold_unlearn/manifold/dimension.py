@@ -27,7 +27,7 @@ from manifold_unlearn.manifold.search import exact_neighbors
 DimensionMethod: TypeAlias = Literal["two_nn", "mle", "gride", "local_pca", "correlation", "bgh"]
 
 _DEFAULT_NEIGHBORS = {
-    "two_nn": 20, "mle": 20, "gride": 16, "local_pca": 64, "correlation": 20, "bgh": 64,
+    "two_nn": 20, "mle": 20, "gride": 16, "local_pca": 32, "correlation": 20, "bgh": 64,
 }  # fmt: skip
 _CORRECTED = ("two_nn", "mle", "gride", "correlation")
 _LEAST = 5
@@ -143,7 +143,7 @@ def estimate_dimension(
         local spectra, an integer; growth of the number of pairs (Grassberger and Procaccia 1983);
         plateau of the kernel sum (Berry, Giannakis and Harlim 2015), which takes noise off.
     n_neighbors : int, optional
-        Neighbors that decide the scale. Default: 20; 16 for gride; 64 for local_pca and bgh.
+        Neighbors that decide the scale. Default: 20; 16 for gride; 32 for local_pca; 64 for bgh.
         ``two_nn`` uses it for the local values only.
     correction : bool, default=True
         Of two_nn, mle, gride and correlation.
@@ -265,7 +265,7 @@ def _kernel_plateau(rows: Tensor, distances: np.ndarray, k: int) -> Estimate:
 
 
 def _distinct_rows(X: Array, device: Device) -> tuple[Tensor, Tensor]:
-    """Centered distinct rows, scaled to order 1 in the last bit only by their dtype."""
+    """Centered distinct rows, and which of them each row is."""
     rows = as_rows(X, device=device, min_samples=2)
     distinct, inverse = torch.unique(rows, dim=0, return_inverse=True)
     if len(distinct) < _LEAST:

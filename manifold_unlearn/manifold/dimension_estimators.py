@@ -133,8 +133,8 @@ def largest_gap(spectra: np.ndarray) -> Estimate:
     """Where the eigenvalues of local covariances fall most: local PCA (Fukunaga and Olsen 1971).
 
     Of the spectra's mean, each scaled to unit trace, the dimension is the ``j`` with the largest
-    ``lambda_j / lambda_(j + 1)``, weak directions apart: those beyond 99.9 % of the variance count
-    as one level. White noise lifts all of them alike and leaves the gap in place.
+    ``lambda_j / lambda_(j + 1)``; directions below 1 % of the variance count as one level, so that
+    the rank of exact data is not taken for it. White noise lifts all alike.
     The standard error is that of the mean of the rows' own dimensions, at least 0.
     """
     scaled = spectra / np.maximum(spectra.sum(1, keepdims=True), 1e-300)
@@ -144,7 +144,7 @@ def largest_gap(spectra: np.ndarray) -> Estimate:
 
 
 def _gap(scaled: np.ndarray) -> np.ndarray:
-    floor = 1e-3 / scaled.shape[1]
+    floor = 0.01
     padded = np.concatenate([scaled, np.zeros((len(scaled), 1))], axis=1) + floor
     usable = scaled.shape[1] if scaled.shape[1] < 4 else (3 * scaled.shape[1] + 3) // 4
     return 1 + np.argmax(padded[:, :usable] / padded[:, 1 : usable + 1], axis=1)

@@ -131,7 +131,8 @@ def check_manifold(
     from (a) a Gaussian of equal covariance, (b) the principal components, each permuted over the
     rows: a linear subspace of equal covariance and marginals; and, if both reject, (c) a mixture of
     up to 6 Gaussians chosen by BIC, since clusters too are tighter locally. The verdict is
-    ``"manifold"`` if all reject at ``level`` and the ratio is below 0.8 times each null's median.
+    ``"manifold"`` if all reject at ``level`` and the ratio is below 0.8 times the median of (a)
+    and of (b).
     Else ``"clusters"`` if only the mixture explains the data, ``"linear"`` if the principal
     subspace, of at most three quarters of the directions, holds 90 % of the variance,
     ``"no structure"`` otherwise. A union of separated curved manifolds is a manifold of several
@@ -201,8 +202,8 @@ def check_manifold(
     clusters = False
     if curved:
         null, n_clusters = _mixture(scores, random)
-        p_mixture, lower = _p_value(observed, null, k, n_null, random, place)
-        clusters = not (p_mixture <= level and lower)
+        p_mixture, _ = _p_value(observed, null, k, n_null, random, place)
+        clusters = p_mixture > level
         curved = not clusters
     if not curved:
         estimated = nearest

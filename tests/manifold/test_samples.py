@@ -11,6 +11,7 @@ MAKERS = {
     "torus": samples.flat_torus,
     "uneven torus": lambda n, **k: samples.flat_torus(n, radii=(1.0, 0.6), **k),
     "roll": samples.swiss_roll,
+    "hypersphere": lambda n, **k: samples.hypersphere(n, dimension=3, radius=2.0, **k),
 }
 
 
@@ -95,9 +96,25 @@ def test_random_state_decides_and_the_global_generator_is_left_alone():
     [
         (samples.circle, {"n_features": 1}, "n_features=1 is too small"),
         (samples.flat_torus, {"n_features": 3}, "needs at least 4"),
+        (samples.hypersphere, {"dimension": 0}, "dimension=0 must be at least 1"),
+        (samples.hypersphere, {"dimension": 5, "n_features": 5}, "needs at least 6"),
+        (samples.linear_subspace, {"dimension": 3, "n_features": 2}, "needs at least 3"),
         (samples.circle, {"density_amplitude": 1.0}, "density_amplitude=1.0"),
     ],
 )
 def test_impossible_samples_are_refused(make, options, message):
     with pytest.raises(ValueError, match=message):
         make(10, **options)
+
+
+def test_linear_subspace_is_flat_and_gaussian():
+    sample = samples.linear_subspace(20000, dimension=3, n_features=9, scale=2.0, random_state=0)
+    chords = np.linalg.norm(sample.points[:50, None] - sample.points[None, :50], axis=-1)
+    part = np.arange(50)
+    np.testing.assert_allclose(sample.geodesic_distances(part, part), chords, atol=1e-12)
+    np.testing.assert_allclose(sample.eigenfunctions.T @ sample.eigenfunctions / 20000, np.eye(3),
+                               atol=0.05)  # fmt: skip
+    assert sample.points.var(axis=0).sum() == pytest.approx(12, rel=0.03)
+    assert np.log(sample.density).mean() == pytest.approx(
+        -1.5 * np.log(2 * np.pi * np.e * 4), abs=0.05
+    )
