@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from manifold_unlearn.arrays import Array, Device, as_rows, restore, row_blocks
-from manifold_unlearn.manifold.kernels import density_normalized
 from manifold_unlearn.manifold.markov import gaussian_operator
 from manifold_unlearn.manifold.neighbors import nearest_neighbors
 
@@ -144,14 +143,15 @@ def _markov(
         alpha=1.0,
         variable_bandwidth=False,
     )
-    tuned = operator.tuned
+    bandwidth = operator.tuned.bandwidth
     # a row's own weight is no step: of few neighbors' sum it is a large part, and slows the chain
     kernel = scipy.sparse.csr_matrix(operator.graph.matrix)
     others = np.asarray(kernel.sum(axis=1)).ravel() - kernel.diagonal()
     kernel.setdiag(np.where(others > 0, 0.0, 1.0))
-    kernel, _ = density_normalized(kernel, 1.0, None, tuned.intrinsic_dimension)
+    inverse = scipy.sparse.diags(1 / np.asarray(kernel.sum(axis=1)).ravel())
+    kernel = inverse @ kernel @ inverse  # alpha = 1
     degrees = np.asarray(kernel.sum(axis=1)).ravel()
-    return scipy.sparse.csr_matrix(scipy.sparse.diags(1 / degrees) @ kernel), tuned.bandwidth
+    return scipy.sparse.csr_matrix(scipy.sparse.diags(1 / degrees) @ kernel), bandwidth
 
 
 def simplex_volumes(embedding: Array, metric: Array, simplices: Array) -> Any:
