@@ -150,7 +150,8 @@ def diffusion_datafold(X: np.ndarray, job: Job) -> Embedding:
     from datafold.dynfold import DiffusionMaps
 
     cloud = pfold.PCManifold(X)
-    cloud.optimize_parameters(random_state=0, k=job.n_neighbors)
+    k = {} if job.method == "default" else {"k": job.n_neighbors}  # of its cut-off; default 25
+    cloud.optimize_parameters(random_state=0, **k)
     distance = {"cut_off": cloud.cut_off}
     fitted = DiffusionMaps(
         pfold.GaussianKernel(epsilon=cloud.kernel.epsilon, distance=distance),
