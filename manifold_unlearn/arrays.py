@@ -189,6 +189,22 @@ def restore(result: Tensor, like: Any) -> Any:
     return array
 
 
+def keep_kind(estimator: Any, like: Any) -> None:
+    """Make the fitted arrays (``name_``) of ``estimator`` of the kind of ``like``, at their dtype.
+
+    Tensors on the device of ``like`` when that is a tensor, contiguous numpy arrays otherwise.
+    """
+    for name, value in vars(estimator).items():
+        if not name.endswith("_") or not isinstance(value, np.ndarray | Tensor):
+            continue
+        if isinstance(like, Tensor):
+            kept: Any = torch.as_tensor(value, device=like.device).contiguous()
+        else:
+            plain = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+            kept = np.ascontiguousarray(plain)
+        setattr(estimator, name, kept)
+
+
 def row_blocks(n_rows: int, block: int) -> Iterator[slice]:
     """Slices that cover ``range(n_rows)`` in pieces of at most ``block``."""
     for start in range(0, n_rows, block):

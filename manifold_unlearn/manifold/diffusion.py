@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -13,10 +15,15 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from manifold_unlearn import artifact
-from manifold_unlearn.arrays import Array, Device, as_rows, restore, validate
+from manifold_unlearn.arrays import Array, Device, as_rows, keep_kind, restore, validate
 from manifold_unlearn.manifold.distances import center_of
+from manifold_unlearn.manifold.ground import GroundMetric, Metric, fit_metric
 from manifold_unlearn.manifold.kernels import FAR_CUTOFF
-from manifold_unlearn.manifold.landmarks import choose_landmarks, farthest_points
+from manifold_unlearn.manifold.landmarks import (
+    LandmarkStream,
+    choose_landmarks,
+    farthest_points,
+)
 from manifold_unlearn.manifold.lift import lift
 from manifold_unlearn.manifold.markov import (
     KernelOperator,
@@ -25,22 +32,20 @@ from manifold_unlearn.manifold.markov import (
     pydiffmap_operator,
     spectrum,
 )
-from manifold_unlearn.manifold.neighbors import NeighborMethod, check_method
+from manifold_unlearn.manifold.neighbors import NeighborMethod
 from manifold_unlearn.manifold.nystrom import FittedOperator, extend
 from manifold_unlearn.manifold.partition import leaf_order
+from manifold_unlearn.manifold.strain import (
+    check_parameters,
+    checked_target,
+    clamped_neighbors,
+    warn_of_parts,
+)
 
 __all__ = ["DiffusionMap", "farthest_points"]
 
-_BY_LANDMARK = {
-    "landmark_indices_",
-    "landmarks_",
-    "squared_support_",
-    "scale_",
-    "eigenfunctions_",
-    "kernel_sums_",
-    "density_",
-    "component_",
-}
+_BY_COMPONENT = {"eigenvalues", "generator_eigenvalues", "rates", "stationary_deviation"}
+_STREAMED = 2048  # landmarks kept of a stream when none are asked for
 _CHEAP = 1e10  # multiplications up to which distances are double precision, else single
 
 
@@ -71,17 +76,22 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
         Whether ``rho`` follows the density (else 1): for tails that one bandwidth leaves isolated.
     diffusion_time : float, default=0
         Columns are scaled by ``eigenvalues_**diffusion_time``; 0: eigenfunctions of unit variance.
-    neighbors : {"auto", "exact"}, default="auto"
-        Neighbor search; both are exact.
+    neighbors : {"auto", "exact", "half", "pynndescent", "faiss"}, default="auto"
+        Neighbor search. ``"exact"``: every pair the kernel reaches; the others, lists of near
+        neighbors, see :func:`~manifold_unlearn.manifold.neighbors.nearest_neighbors`; ``"auto"``
+        is exact up to 1e13 multiplications (100,000 rows of 1,000 features).
     n_landmarks : int or None, default=None
         Fit on so many rows only and place the rest by Nyström extension. The rows are the farthest
-        points, or a random subset when ``random_state`` is given.
+        points, or a random subset when ``random_state`` is given. Of a stream 2,048 for None.
     backend : {"torch", "pydiffmap"}, default="torch"
         ``"pydiffmap"``: kernel, bandwidth and normalization of that package.
     device : str or torch.device, default="auto"
         Where to compute: the device of a tensor given, else a GPU, else the CPU.
     random_state : int, RandomState or None, default=None
-        Draws the landmarks; nothing else is random.
+        Draws the landmarks, and the start of an approximate search; nothing else is random.
+    metric : {"euclidean", "cosine", "rms", "mahalanobis"}, default="euclidean"
+        Of the data space, see :func:`~manifold_unlearn.manifold.ground.fit_metric`; units of the
+        bandwidth and of all that follows from it are the metric's.
 
     Attributes
     ----------
@@ -101,6 +111,8 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
         Connected components of the graph, the multiplicity of the eigenvalue 1.
     landmark_indices_ : array of shape (n_landmarks,), int
         The rows fitted; all of them without ``n_landmarks``.
+    recall_ : float
+        Estimated part of the nearest neighbors that the search found; 1 for an exact search.
     n_features_in_ : int
 
     References
@@ -144,6 +156,7 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
         backend: Literal["torch", "pydiffmap"] = "torch",
         device: Device = "auto",
         random_state: Any = None,
+        metric: Metric = "euclidean",
     ) -> None:
         self.n_components = n_components
         self.n_neighbors = n_neighbors
@@ -156,14 +169,31 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
         self.backend = backend
         self.device = device
         self.random_state = random_state
+        self.metric = metric
 
-    def fit(self, X: Array, y: Any = None) -> Self:  # noqa: ARG002
+    def fit(
+        self,
+        X: Array | Iterator[Array],
+        y: Any = None,  # noqa: ARG002
+        *,
+        reference: Array | None = None,
+        target: Any = None,
+    ) -> Self:
         """Fit the coordinates of the rows of ``X``.
 
         Parameters
         ----------
-        X : array or Tensor of shape (n_samples, n_features)
+        X : array or Tensor of shape (n_samples, n_features), or an iterator of such
+            Of an iterator, batch after batch, only the landmarks are kept (``n_landmarks``):
+            the coordinates of the others come from ``transform``.
         y : ignored
+        reference : array or Tensor of shape (n_reference, n_features), optional
+            Rows whose covariance whitens with ``metric="mahalanobis"``, such as the retain rows.
+            Default: ``X``.
+        target : array or Tensor of shape (n_samples,), optional
+            Positive density, up to a factor, that takes the place of the sampling density: the
+            generator becomes ``laplacian f + grad log target . grad f`` (target measure diffusion
+            map: Banisch, Trstanova, Bittracher, Klus and Koltai 2020). Needs ``alpha=1``.
 
         Raises
         ------
@@ -175,43 +205,115 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
         UserWarning
             ``n_neighbors`` is clamped, the graph truncates the kernel, or it falls into parts.
         """
-        self._check_parameters()
+        check_parameters(self)
+        if isinstance(X, Iterator):
+            if target is None:
+                return self._fit_batches(X, reference)
+            raise ValueError(
+                "target is one density a row, which an iterator of rows has no place for. "
+                "Give X as one array."
+            )
         rows = validate(self, X, reset=True, device=self.device)
         at = choose_landmarks(rows, self.n_landmarks, self.random_state)
-        at = at[leaf_order(rows[at])]
-        landmarks = rows[at]
+        metric = fit_metric(self.metric, rows, reference)
+        measure = None if target is None else checked_target(target, len(rows), self)[at.cpu()]
+        self._fit_landmarks(X, rows[at], at, metric, measure)
+        full = torch.as_tensor(self.eigenfunctions_, device=rows.device)
+        if len(at) < len(rows):
+            eigenfunctions, full = full, self._extend(rows)
+            full[at] = eigenfunctions
+        self.embedding_ = restore(full * self._time_scale(full), X)
+        return self
+
+    def partial_fit(self, X: Array, y: Any = None) -> Self:  # noqa: ARG002
+        """Fit again, with the rows of ``X`` beside those seen before as possible landmarks.
+
+        With a ``random_state`` the landmarks, and so the fit, are those of ``fit`` on all rows at
+        once; without, farthest points of the landmarks so far and the new rows. ``embedding_`` is
+        that of the landmarks, and ``landmark_indices_`` numbers the rows in the order seen. The
+        metric is that of the first batch.
+
+        Parameters
+        ----------
+        X : array or Tensor of shape (n_samples, n_features)
+        y : ignored
+
+        Raises
+        ------
+        ValueError
+            As :meth:`fit`; what was fitted before stands.
+        """
+        check_parameters(self)
+        first = not hasattr(self, "n_seen_")
+        rows = validate(self, X, reset=first, device=self.device)
+        if first:
+            stream, metric = self._stream(), fit_metric(self.metric, rows)
+        else:
+            metric = self._metric(rows.device)
+            kept = (self.landmarks_, self.landmark_indices_)
+            before, numbers = (torch.as_tensor(part, device=rows.device) for part in kept)
+            stream = self._stream(before, numbers, self.n_seen_)
+        self._fit_stream(X, stream.add(rows), metric)
+        return self
+
+    def _stream(self, *state: Any) -> LandmarkStream:
+        most = _STREAMED if self.n_landmarks is None else self.n_landmarks
+        return LandmarkStream(most, self.random_state, *state)
+
+    def _fit_batches(self, batches: Iterator[Array], reference: Any) -> Self:
+        stream, like = self._stream(), None
+        for batch in batches:
+            rows = validate(self, batch, reset=like is None, device=self.device)
+            like, stream = batch, stream.add(rows)
+        if stream.rows is None:
+            raise ValueError("the iterator gave no batch: 0 samples. Give a fresh iterator.")
+        self._fit_stream(like, stream, fit_metric(self.metric, stream.rows, reference))
+        return self
+
+    def _fit_stream(self, like: Any, stream: LandmarkStream, metric: GroundMetric) -> None:
+        self._fit_landmarks(like, stream.rows, stream.numbers, metric, None)
+        self.n_seen_ = stream.n_seen
+        full = torch.as_tensor(self.eigenfunctions_)
+        self.embedding_ = restore(full * self._time_scale(full), like)
+
+    def _fit_landmarks(
+        self,
+        X: Any,
+        landmarks: Tensor,
+        at: Tensor,
+        metric: GroundMetric,
+        target: np.ndarray | None,
+    ) -> None:
+        """Fit the rows ``landmarks``, numbered ``at``, ascending; arrays become of the kind of X."""
         n_samples = len(landmarks)
         if n_samples < self.n_components + 2:
             raise ValueError(
                 f"n_components={self.n_components} needs at least {self.n_components + 2} samples; "
                 f"got n_samples={n_samples}. Lower n_components or add data."
             )
-        n_neighbors = self._clamped_neighbors(n_samples)
+        n_neighbors = clamped_neighbors(self.n_neighbors, n_samples)
         cheap = n_samples**2 * landmarks.shape[1] <= _CHEAP
         landmarks = landmarks.double() if cheap else landmarks.float()
-        centered = landmarks - center_of(landmarks)
+        rows = metric.apply(landmarks)
+        order = leaf_order(rows)
+        centered = rows[order] - center_of(rows)
         bandwidth = None if isinstance(self.bandwidth, str) else float(self.bandwidth)
+        shared: Any = {"n_neighbors": n_neighbors, "bandwidth": bandwidth, "alpha": self.alpha}
         if self.backend == "pydiffmap":
-            operator = pydiffmap_operator(
-                centered, n_neighbors=n_neighbors, bandwidth=bandwidth, alpha=self.alpha
-            )
+            operator = pydiffmap_operator(centered, **shared)
         else:
             operator = gaussian_operator(
                 centered,
-                n_neighbors=n_neighbors,
-                bandwidth=bandwidth,
-                alpha=self.alpha,
+                **shared,
                 variable_bandwidth=self.variable_bandwidth,
+                neighbors=self.neighbors,
+                random_state=self.random_state,
             )
-        found = spectrum(operator, self.n_components, landmarks.device)
-        self._warn_of_parts(found.component)
-        self._keep(X, at, landmarks, operator, found, n_neighbors)
-        full = torch.as_tensor(self.eigenfunctions_, device=rows.device)
-        if len(at) < len(rows):
-            eigenfunctions, full = full, self._extend(rows)
-            full[torch.as_tensor(self.landmark_indices_, device=rows.device)] = eigenfunctions
-        self.embedding_ = restore(full * self._time_scale(full), X)
-        return self
+        target = None if target is None else target[order.cpu()]
+        found = spectrum(operator, self.n_components, target=target, device=landmarks.device)
+        warn_of_parts(found.component, self.n_components)
+        self.landmark_indices_, self.landmarks_, self.whitening_ = at, landmarks, metric.whitening
+        self._keep(X, order.argsort(), operator, found, n_neighbors)
 
     def fit_transform(self, X: Array, y: Any = None) -> Any:
         """Fit, and return ``embedding_``."""
@@ -324,92 +426,36 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
 
     # fitting
 
-    def _check_parameters(self) -> None:
-        check_method(self.neighbors)
-        if self.backend not in ("torch", "pydiffmap"):
-            raise ValueError(f"backend={self.backend!r} is not known. Use 'torch' or 'pydiffmap'.")
-        if self.backend == "pydiffmap" and self.variable_bandwidth:
-            raise ValueError(
-                "variable_bandwidth=True is not available with backend='pydiffmap'. "
-                "Use backend='torch'."
-            )
-        if self.n_components < 1:
-            raise ValueError(f"n_components={self.n_components} must be at least 1.")
-        if self.n_neighbors < 1:
-            raise ValueError(f"n_neighbors={self.n_neighbors} must be at least 1.")
-        if isinstance(self.bandwidth, str):
-            if self.bandwidth != "bgh":
-                raise ValueError(
-                    f"bandwidth={self.bandwidth!r} is not known. Use 'bgh' or a positive number."
-                )
-        elif not (np.isfinite(self.bandwidth) and self.bandwidth > 0):
-            raise ValueError(f"bandwidth={self.bandwidth} must be positive and finite, or 'bgh'.")
-        if self.n_landmarks is not None and self.n_landmarks < 3:
-            raise ValueError(f"n_landmarks={self.n_landmarks} must be at least 3, or None.")
-        if self.diffusion_time < 0:
-            raise ValueError(f"diffusion_time={self.diffusion_time} must not be negative.")
-
-    def _clamped_neighbors(self, n_samples: int) -> int:
-        if self.n_neighbors <= n_samples - 1:
-            return self.n_neighbors
-        warnings.warn(
-            f"n_neighbors={self.n_neighbors} is more than the {n_samples - 1} other samples; "
-            f"{n_samples - 1} are used. Lower n_neighbors or add data.",
-            UserWarning,
-            stacklevel=3,
-        )
-        return n_samples - 1
-
-    def _warn_of_parts(self, component: np.ndarray) -> None:
-        sizes = np.bincount(component)
-        if len(sizes) > 1:
-            warnings.warn(
-                f"the graph falls into {len(sizes)} parts (the largest hold "
-                f"{', '.join(map(str, sizes[:5]))} rows): the eigenvalue 1 is repeated and the "
-                f"first {min(len(sizes) - 1, self.n_components)} coordinates tell the parts apart. "
-                "Raise n_neighbors or bandwidth, try variable_bandwidth=True, or fit the parts "
-                "(component_) one by one.",
-                UserWarning,
-                stacklevel=3,
-            )
-
     def _keep(
-        self,
-        X: Array,
-        at: Tensor,
-        landmarks: Tensor,
-        operator: KernelOperator,
-        found: Spectrum,
-        n_neighbors: int,
+        self, X: Array, back: Tensor, operator: KernelOperator, found: Spectrum, n_neighbors: int
     ) -> None:
-        """Set the fitted attributes but ``embedding_``; arrays become of the kind of ``X``."""
-        self.landmark_indices_, self.landmarks_ = at, landmarks
-        self.squared_support_ = operator.graph.squared_support
-        self.alpha_, self.scale_ = float(operator.alpha), operator.scale
+        """Set the fitted attributes but ``embedding_``; ``back`` undoes the order of the fit.
+
+        Arrays become of the kind of ``X``.
+        """
+        kept = {"squared_support": operator.graph.squared_support, "scale": operator.scale}
+        for name, value in (kept | found._asdict()).items():
+            if value is not None and len(value) == len(back) and name not in _BY_COMPONENT:
+                value = value[back if isinstance(value, Tensor) else back.cpu().numpy()]
+            setattr(self, f"{name}_", value)
+        self.alpha_ = float(operator.alpha)
         if operator.scale is not None:
             self.typical_scale_ = operator.typical_scale
-        self.bandwidth_ = operator.tuned.bandwidth
-        self.intrinsic_dimension_ = operator.tuned.intrinsic_dimension
-        self.cutoff_, self.n_neighbors_ = operator.tuned.cutoff, n_neighbors
-        self.offset_ = operator.tuned.offset
+        tuned = operator.tuned
+        self.bandwidth_, self.offset_, self.cutoff_ = tuned.bandwidth, tuned.offset, tuned.cutoff
+        self.intrinsic_dimension_, self.n_neighbors_ = tuned.intrinsic_dimension, n_neighbors
         reach = FAR_CUTOFF + self.offset_ / (4 * self.bandwidth_)
         self.far_cutoff_ = reach if self.backend == "torch" else 1e30
+        self.recall_ = operator.recall
         self.n_components_connected_ = int(found.component.max()) + 1
-        for name, values in found._asdict().items():
-            setattr(self, f"{name}_", values)
-        back = at.argsort()
-        for name, value in vars(self).items():
-            if not name.endswith("_") or not isinstance(value, np.ndarray | Tensor):
-                continue
-            if name in _BY_LANDMARK:
-                value = value[back if isinstance(value, Tensor) else back.cpu().numpy()]
-            if isinstance(X, Tensor):
-                setattr(self, name, torch.as_tensor(value, device=X.device).contiguous())
-            else:
-                value = value.cpu().numpy() if isinstance(value, Tensor) else value
-                setattr(self, name, np.ascontiguousarray(value))
+        keep_kind(self, X)
 
     # extension
+
+    def _metric(self, device: torch.device) -> GroundMetric:
+        if self.whitening_ is None:
+            return GroundMetric(self.metric)
+        return GroundMetric(self.metric, torch.as_tensor(self.whitening_, device=device))
 
     def _time_scale(self, like: Tensor) -> Tensor:
         eigenvalues = torch.as_tensor(self.eigenvalues_, dtype=torch.float64, device=like.device)
@@ -417,7 +463,7 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
 
     def _spectral_coordinates(self, X: Array | None, time: float) -> Tensor:
         """Eigenfunctions of unit stationary variance times their eigenvalues to the ``time``."""
-        if X is None and self.n_landmarks is None:
+        if X is None and len(self.embedding_) == len(self.eigenfunctions_):
             functions = torch.as_tensor(self.eigenfunctions_)
         elif X is None:
             functions = torch.as_tensor(self.embedding_).double()
@@ -430,15 +476,12 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
 
     def _extend(self, rows: Tensor) -> Tensor:
         """Eigenfunctions at ``rows``, float64."""
-
-        def tensor(values: Any) -> Tensor:
-            return torch.as_tensor(values, device=rows.device)
-
-        variable = self.scale_ is not None
+        tensor = partial(torch.as_tensor, device=rows.device)
+        variable, metric = self.scale_ is not None, self._metric(rows.device)
         fitted = FittedOperator(
-            landmarks=tensor(self.landmarks_),
+            landmarks=metric.apply(tensor(self.landmarks_)),
             squared_support=tensor(self.squared_support_),
-            kernel_sums=tensor(self.kernel_sums_),
+            weights=tensor(self.weights_),
             eigenfunctions=tensor(self.eigenfunctions_),
             rates=tensor(self.rates_),
             scale=tensor(self.scale_) if variable else None,
@@ -446,12 +489,11 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
             intrinsic_dimension=self.intrinsic_dimension_,
             bandwidth=self.bandwidth_,
             offset=self.offset_,
-            alpha=self.alpha_,
             cutoff=self.cutoff_,
             far_cutoff=self.far_cutoff_,
             n_neighbors=self.n_neighbors_,
         )
-        extended = extend(rows, fitted)
+        extended = extend(metric.apply(rows), fitted)
         if extended.n_far:
             warnings.warn(
                 f"{extended.n_far} of {len(rows)} rows lie beyond the kernel's reach and are "

@@ -366,7 +366,7 @@ def kernel_graph(
     held += torch.bincount(pairs.columns, minlength=n_samples)
     support = torch.full((n_samples,), base, dtype=X.dtype, device=X.device)
     few = (held < n_neighbors).nonzero()[:, 0]
-    lists = [pairs]
+    extra = Pairs(*(part[:0] for part in pairs))
     if len(few):
         own = None if scale is None else scale[few]
         k = min(n_neighbors, n_samples)
@@ -375,26 +375,33 @@ def kernel_graph(
         beyond = torch.zeros_like(support)
         wide = pairs_within(X[few], index, support[few], beyond, scale_Q=own)
         keep = (wide.squared_distances > base) & (few[wide.rows] != wide.columns)
-        wide = Pairs(few[wide.rows[keep]], wide.columns[keep], wide.squared_distances[keep])
-        lists.append(wide)
-    first, second, distances = (torch.cat(parts).cpu().numpy() for parts in zip(*lists, strict=True))
-    weights = np.exp(-np.maximum(distances.astype(np.float64) - tuned.offset, 0) / width)
-    return KernelGraph(_symmetric(first, second, weights, n_samples, len(pairs.rows)), support)
+        extra = Pairs(few[wide.rows[keep]], wide.columns[keep], wide.squared_distances[keep])
+    return KernelGraph(symmetric_kernel(*extra, tuned, n_samples, once=pairs), support)
 
 
-def _symmetric(
-    rows: np.ndarray, columns: np.ndarray, weights: np.ndarray, n_samples: int, n_once: int
+def symmetric_kernel(
+    rows: Tensor,
+    columns: Tensor,
+    squared_distances: Tensor,
+    tuned: Bandwidth,
+    n_samples: int,
+    *,
+    once: Pairs | None = None,
 ) -> scipy.sparse.csr_matrix:
-    """Union of pairs: the first ``n_once`` occur once, of the others both ways may be listed."""
-    smaller = np.minimum(rows[n_once:], columns[n_once:])
-    larger = np.maximum(rows[n_once:], columns[n_once:])
-    _, first = np.unique(smaller * n_samples + larger, return_index=True)
-    pairs = [
-        np.concatenate([part[:n_once], extra[first]])
-        for part, extra in ((rows, smaller), (columns, larger), (weights, weights[n_once:]))
-    ]
+    """Kernel of pairs, each listed one way or both, and 1 on the diagonal.
+
+    ``once`` are further pairs, none twice, with rows before columns.
+    """
+    smaller, larger = torch.minimum(rows, columns), torch.maximum(rows, columns)
+    _, first = np.unique((smaller * n_samples + larger).cpu().numpy(), return_index=True)
+    parts = [part.cpu().numpy()[first] for part in (smaller, larger, squared_distances)]
+    if once is not None:
+        lists = zip(once, parts, strict=True)
+        parts = [np.concatenate([whole.cpu().numpy(), part]) for whole, part in lists]
+    excess = np.maximum(parts[2].astype(np.float64) - tuned.offset, 0)
+    weights = np.exp(-excess / (4 * tuned.bandwidth))
     shape = (n_samples, n_samples)
-    upper = scipy.sparse.coo_matrix((pairs[2], (pairs[0], pairs[1])), shape).tocsr()
+    upper = scipy.sparse.coo_matrix((weights, (parts[0], parts[1])), shape).tocsr()
     return scipy.sparse.csr_matrix(upper + upper.T + scipy.sparse.eye_array(n_samples))
 
 
@@ -417,9 +424,13 @@ def support_radius(squared_distances: Tensor, base: float, far: float) -> Tensor
 
 
 def density_normalized(
-    kernel: scipy.sparse.csr_matrix, alpha: float, scale: np.ndarray | None, dimension: float
-) -> tuple[scipy.sparse.csr_matrix, np.ndarray]:
-    """Kernel divided by ``(q_i * q_j)**alpha``, and the kernel sums ``q``.
+    kernel: scipy.sparse.csr_matrix,
+    alpha: float,
+    scale: np.ndarray | None,
+    dimension: float,
+    target: np.ndarray | None = None,
+) -> tuple[scipy.sparse.csr_matrix, np.ndarray, np.ndarray]:
+    """Kernel times ``weights_i * weights_j``, ``q**-alpha``; the weights, and the kernel sums ``q``.
 
     Parameters
     ----------
@@ -429,8 +440,12 @@ def density_normalized(
     scale : array of shape (n_samples,) or None
         Variable bandwidth ``rho``; ``q`` is divided by ``rho**dimension``.
     dimension : float
+    target : array of shape (n_samples,), optional
+        Density that takes the place of the sampling density: the weights are multiplied by
+        ``sqrt(target)`` (Banisch, Trstanova, Bittracher, Klus and Koltai 2020).
     """
     q = np.asarray(kernel.sum(axis=1)).ravel()
     if scale is not None:
         q = q / scale**dimension
-    return two_sided(kernel, q**-alpha, q**-alpha), q
+    weights = q**-alpha if target is None else q**-alpha * target**0.5
+    return two_sided(kernel, weights, weights), weights, q

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse
@@ -21,7 +21,9 @@ from manifold_unlearn.manifold.kernels import (
     tune_bandwidth,
     two_sided,
 )
-from manifold_unlearn.manifold.neighbors import nearest_neighbors
+from manifold_unlearn.manifold.knn_graph import approximate_graph
+from manifold_unlearn.manifold.neighbors import NeighborMethod, choose_method
+from manifold_unlearn.manifold.search import exact_neighbors
 from manifold_unlearn.manifold.spectral import markov_eigenpairs
 
 LEAST_EIGENVALUE = 1e-8
@@ -41,6 +43,8 @@ class KernelOperator(NamedTuple):
         Variable bandwidth ``rho``; None where it is 1.
     typical_scale : float
         Of which ``scale`` is a multiple.
+    recall : float
+        Of the neighbors; 1 for an exact search.
     """
 
     graph: KernelGraph
@@ -48,6 +52,7 @@ class KernelOperator(NamedTuple):
     alpha: float
     scale: Tensor | None = None
     typical_scale: float = 1.0
+    recall: float = 1.0
 
 
 class Spectrum(NamedTuple):
@@ -65,7 +70,8 @@ class Spectrum(NamedTuple):
         Of unit variance.
     stationary_deviation : array of shape (n_components,)
         Standard deviation of the eigenfunctions under the stationary distribution.
-    kernel_sums : array of shape (n_samples,)
+    weights : array of shape (n_samples,)
+        What the kernel is multiplied by, on both sides, before its rows are normalized.
     density : array of shape (n_samples,)
         Kernel density estimate.
     component : array of shape (n_samples,), int
@@ -77,29 +83,58 @@ class Spectrum(NamedTuple):
     rates: np.ndarray
     eigenfunctions: np.ndarray
     stationary_deviation: np.ndarray
-    kernel_sums: np.ndarray
+    weights: np.ndarray
     density: np.ndarray
     component: np.ndarray
 
 
 def gaussian_operator(
-    X: Tensor, *, n_neighbors: int, bandwidth: float | None, alpha: float, variable_bandwidth: bool
+    X: Tensor,
+    *,
+    n_neighbors: int,
+    bandwidth: float | None = None,
+    alpha: float = 1.0,
+    variable_bandwidth: bool = False,
+    neighbors: NeighborMethod = "exact",
+    random_state: Any = None,
 ) -> KernelOperator:
     """Gaussian kernel of centered rows ``X``; for None the bandwidth is found.
 
     The rows stand as :func:`~manifold_unlearn.manifold.partition.leaf_order` puts them.
+
+    Raises
+    ------
+    ValueError
+        ``variable_bandwidth`` with an approximate search of neighbors.
 
     Warns
     -----
     UserWarning
         The graph truncates the kernel.
     """
+    if neighbors == "auto":
+        neighbors = choose_method(len(X), len(X), X.shape[1], X.device)
     histogram = pair_histogram(X)
     tuned = tune_bandwidth(histogram, n_neighbors=n_neighbors, bandwidth=bandwidth)
     scale, typical = None, 1.0
+    if neighbors != "exact":
+        if variable_bandwidth:
+            raise ValueError(
+                f"variable_bandwidth=True needs neighbors='exact', got {neighbors!r}: its distances "
+                "are scaled. Use neighbors='exact', or landmarks for many rows."
+            )
+        found = approximate_graph(
+            X,
+            histogram,
+            tuned,
+            n_neighbors=n_neighbors,
+            neighbors=neighbors,
+            random_state=random_state,
+        )
+        return KernelOperator(found.graph, found.tuned, alpha, recall=found.recall)
     if variable_bandwidth:
         dimension = tuned.intrinsic_dimension
-        near = nearest_neighbors(X, min(NEAR, len(X) - 1)).squared_distances
+        near, _ = exact_neighbors(X, None, min(NEAR, len(X) - 1))
         near = torch.nn.functional.pad(near, (1, 0))  # a row is its own nearest neighbor
         scale, typical = relative_bandwidth_function(near, dimension)
         histogram = pair_histogram(X, scale)
@@ -147,9 +182,15 @@ def pydiffmap_operator(
 
 
 def spectrum(
-    operator: KernelOperator, n_components: int, device: torch.device | str = "cpu"
+    operator: KernelOperator,
+    n_components: int,
+    *,
+    target: np.ndarray | None = None,
+    device: torch.device | str = "cpu",
 ) -> Spectrum:
     """The leading eigenpairs of the Markov operator that the kernel normalizes to.
+
+    ``target`` (n_samples,): density that takes the place of the sampling density.
 
     Raises
     ------
@@ -158,8 +199,8 @@ def spectrum(
     """
     tuned = operator.tuned
     rho = None if operator.scale is None else operator.scale.double().cpu().numpy()
-    normalized, q = density_normalized(
-        operator.graph.matrix, operator.alpha, rho, tuned.intrinsic_dimension
+    normalized, weights, q = density_normalized(
+        operator.graph.matrix, operator.alpha, rho, tuned.intrinsic_dimension, target
     )
     degrees = np.asarray(normalized.sum(axis=1)).ravel()
     # the generator is (P - 1) / (eps rho^2); its lazy chain 1 + tau (P - 1) / rho^2 is Markov
@@ -189,7 +230,7 @@ def spectrum(
         rates=rates,
         eigenfunctions=pairs.eigenvectors,
         stationary_deviation=np.sqrt(stationary @ (pairs.eigenvectors - mean) ** 2),
-        kernel_sums=q,
+        weights=weights,
         density=np.exp(np.clip(np.log(q) - volume, -700, 700)),
         component=pairs.component,
     )

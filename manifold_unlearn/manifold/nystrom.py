@@ -27,7 +27,8 @@ class FittedOperator(NamedTuple):
         The rows fitted.
     squared_support : Tensor of shape (n_landmarks,)
         Squared radius of each fitted row's kernel.
-    kernel_sums : Tensor of shape (n_landmarks,)
+    weights : Tensor of shape (n_landmarks,)
+        Of the fitted rows in the normalization of the kernel.
     eigenfunctions : Tensor of shape (n_landmarks, n_components)
     rates : Tensor of shape (n_components,)
         Eigenvalues of minus the generator, times the bandwidth.
@@ -35,7 +36,7 @@ class FittedOperator(NamedTuple):
         Variable bandwidth ``rho``, in units of ``typical_scale``; None where it is 1.
     typical_scale, intrinsic_dimension : float
         What ``rho`` of new rows is made with.
-    bandwidth, offset, alpha : float
+    bandwidth, offset : float
     cutoff, far_cutoff : float
         ``r**2 / (4 * bandwidth)`` to which every kernel reaches, and beyond which none does.
     n_neighbors : int
@@ -43,7 +44,7 @@ class FittedOperator(NamedTuple):
 
     landmarks: Tensor
     squared_support: Tensor
-    kernel_sums: Tensor
+    weights: Tensor
     eigenfunctions: Tensor
     rates: Tensor
     scale: Tensor | None
@@ -51,7 +52,6 @@ class FittedOperator(NamedTuple):
     intrinsic_dimension: float
     bandwidth: float
     offset: float
-    alpha: float
     cutoff: float
     far_cutoff: float
     n_neighbors: int
@@ -112,7 +112,7 @@ def _extend_rows(queries: Tensor, index: Index, fitted: FittedOperator) -> tuple
     nearest = squared.new_full((len(queries),), float("inf"))
     nearest.scatter_reduce_(0, pairs.rows, squared, "amin")
     weights = torch.exp((nearest[pairs.rows] - squared) / width)
-    weights *= (fitted.kernel_sums**-fitted.alpha)[pairs.columns]
+    weights *= fitted.weights[pairs.columns]
     shape = (len(queries), n_landmarks)
     at = torch.stack([pairs.rows, pairs.columns])
     kernel = torch.sparse_coo_tensor(at, weights, shape, check_invariants=False)

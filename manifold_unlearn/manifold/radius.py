@@ -25,6 +25,7 @@ from manifold_unlearn.manifold.partition import (
 _REFINE = 1e-4  # part of the squared radius up to which rounding is left standing
 _FLAT = 0.5  # part of the leaves within reach above which all rows are looked at in order
 _FLAT_ROWS = 1024
+_NEAR_ROWS = 128  # leaves are looked at together up to about so many rows
 _BLOCK_COLUMNS = 4096
 
 
@@ -85,9 +86,7 @@ def pairs_within(
     return Pairs(asking[found.rows], order[found.columns], found.squared_distances)
 
 
-def _within(
-    searched: Searched, reach: Tensor, other_reach: Tensor | None, *, once: bool
-) -> Pairs:
+def _within(searched: Searched, reach: Tensor, other_reach: Tensor | None, *, once: bool) -> Pairs:
     """Pairs in the order of the leaves; ``once``: of a set with itself, rows < columns."""
     asking, leaves = searched.asking_leaves, searched.index.leaves
     limits = leaf_maxima(asking, reach)[:, None]
@@ -105,8 +104,10 @@ def _within(
                 columns = slice(piece.start + start, piece.stop + start)
                 found.append(_block_pairs(searched, part, columns, reach, other_reach, once))
     else:
-        for leaf, part in enumerate(map(slice, asking.starts[:-1], asking.starts[1:])):
-            chosen = near[leaf].nonzero()[:, 0]
+        n_leaves, together = len(near), max(1, _NEAR_ROWS // (asking.starts[1] + 1))
+        for group in row_blocks(n_leaves, together):
+            part = slice(asking.starts[group.start], asking.starts[group.stop])
+            chosen = near[group].any(0).nonzero()[:, 0]
             for piece in row_blocks(len(chosen), max(1, _BLOCK_COLUMNS // (leaves.starts[1] + 1))):
                 columns = rows_of(leaves, chosen[piece])
                 found.append(
@@ -130,7 +131,7 @@ def _block_pairs(
     index = searched.index
     A, B = searched.asking[part], index.rows[columns]
     middle = A.mean(0, keepdim=True) if local else index.frame.center
-    A, B = A - middle, B - middle
+    A, B = A - middle, B - middle if isinstance(columns, slice) else B.sub_(middle)
     squared_A, squared_B = squared_norms(A), squared_norms(B)
     block = squared_distance_block(A, B, squared_A, squared_B)
     limit = reach[part, None]

@@ -299,6 +299,7 @@ def test_signature_is_the_contract():
         "backend": "torch",
         "device": "auto",
         "random_state": None,
+        "metric": "euclidean",
     }
     assert vars(DiffusionMap()) == {name: p.default for name, p in parameters.items()}
 

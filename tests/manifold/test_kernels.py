@@ -121,6 +121,7 @@ def test_normalization_divides_by_the_densities():
     dense = graph.matrix.toarray()
     q = dense.sum(1)
     for alpha in (0.0, 0.5, 1.0, -0.3):
-        normalized, sums = density_normalized(graph.matrix, alpha, None, 1.0)
+        normalized, weights, sums = density_normalized(graph.matrix, alpha, None, 1.0)
+        np.testing.assert_allclose(weights, q**-alpha)
         np.testing.assert_allclose(sums, q)
         np.testing.assert_allclose(normalized.toarray(), dense / np.outer(q, q) ** alpha)
