@@ -259,7 +259,6 @@ def earlier(preset: str) -> dict:
 def run(config: Config, preset: str) -> dict:
     """Measure, and write after every case, so that what was interrupted goes on where it was."""
     began = time.perf_counter()
-    fresh: list[dict] = []
     result = earlier(preset)
     with tempfile.TemporaryDirectory() as directory:
         bench = Bench(config, Path(directory))
@@ -267,9 +266,8 @@ def run(config: Config, preset: str) -> dict:
             rows = bench.measure(case)
             for line in lines(rows, result.get("rows", [])):
                 print(line, flush=True)
-            fresh += rows
             seconds = time.perf_counter() - began
-            result = whole(config, preset, earlier(preset), fresh, bench, seconds)
+            result = whole(config, preset, earlier(preset), rows, bench, seconds)
             artifact.write_json(RESULTS / f"{preset}.json", result)
     return result
 
