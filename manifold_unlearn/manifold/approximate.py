@@ -63,7 +63,7 @@ def by_lists(A: Tensor, B: Tensor | None, k: int, random_state: Any) -> Tensor: 
     asking = searched if B is None else np.ascontiguousarray(A.float().cpu().numpy())
     n_searched, n_features = searched.shape
     n_lists = max(1, min(int(4 * n_searched**0.5), n_searched // 39))
-    index = faiss.index_factory(n_features, f"IVF{n_lists},Flat")
+    index: Any = faiss.index_factory(n_features, f"IVF{n_lists},Flat")
     index.cp.seed, index.cp.verbose = 0, False
     if A.is_cuda and hasattr(faiss, "StandardGpuResources"):
         index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), A.device.index or 0, index)

@@ -54,9 +54,8 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
 
     The kernel ``exp(-|x - y|**2 / (4 * eps * rho(x) * rho(y)))`` on a neighbor graph is divided by
     the densities to the power ``alpha``, its rows are normalized, and the leading eigenvectors of
-    the Markov matrix are the coordinates (Coifman and Lafon 2006).
-    Two laws hold: ``transform`` of the fitted rows returns ``embedding_``, and neither
-    rotation nor translation nor scale nor order of the data changes the coordinates.
+    the Markov matrix are the coordinates (Coifman and Lafon 2006). ``transform`` of the fitted rows
+    returns ``embedding_``; rotation, translation, scale and order of the data change nothing.
 
     Parameters
     ----------
@@ -209,10 +208,7 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
         if isinstance(X, Iterator):
             if target is None:
                 return self._fit_batches(X, reference)
-            raise ValueError(
-                "target is one density a row, which an iterator of rows has no place for. "
-                "Give X as one array."
-            )
+            raise ValueError("target has no place beside an iterator. Give X as one array.")
         rows = validate(self, X, reset=True, device=self.device)
         at = choose_landmarks(rows, self.n_landmarks, self.random_state)
         metric = fit_metric(self.metric, rows, reference)
@@ -222,7 +218,7 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
         if len(at) < len(rows):
             eigenfunctions, full = full, self._extend(rows)
             full[at] = eigenfunctions
-        self.embedding_ = restore(full * self._time_scale(full), X)
+        self._embed(full, X)
         return self
 
     def partial_fit(self, X: Array, y: Any = None) -> Self:  # noqa: ARG002
@@ -273,8 +269,10 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
     def _fit_stream(self, like: Any, stream: LandmarkStream, metric: GroundMetric) -> None:
         self._fit_landmarks(like, stream.rows, stream.numbers, metric, None)
         self.n_seen_ = stream.n_seen
-        full = torch.as_tensor(self.eigenfunctions_)
-        self.embedding_ = restore(full * self._time_scale(full), like)
+        self._embed(torch.as_tensor(self.eigenfunctions_), like)
+
+    def _embed(self, functions: Tensor, like: Any) -> None:
+        self.embedding_ = restore(functions * self._time_scale(functions), like)
 
     def _fit_landmarks(
         self,
@@ -284,7 +282,7 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
         metric: GroundMetric,
         target: np.ndarray | None,
     ) -> None:
-        """Fit the rows ``landmarks``, numbered ``at``, ascending; arrays become of the kind of X."""
+        """Fit the rows ``landmarks``, numbered ``at``, ascending; arrays are of the kind of X."""
         n_samples = len(landmarks)
         if n_samples < self.n_components + 2:
             raise ValueError(
@@ -346,8 +344,7 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
     def inverse_transform(self, X: Array) -> Any:
         """Points of the data space with coordinates ``X``, by geometric harmonics.
 
-        The embedding must determine the point: enough components, see
-        :func:`~manifold_unlearn.manifold.lift.lift`.
+        The embedding must determine the point (:func:`~manifold_unlearn.manifold.lift.lift`).
 
         Parameters
         ----------

@@ -105,9 +105,8 @@ def drift_operator(
     reach = rows.new_full((len(rows),), width * max(CUTOFF, tuned.cutoff))
     none = torch.zeros_like(reach)
     plain = _kernel(pairs_within(rows, index, reach, none), len(rows), width)
-    moved = _kernel(
-        pairs_within(rows + tuned.bandwidth * field, index, reach, none), len(rows), width
-    )
+    ends = rows + tuned.bandwidth * field
+    moved = _kernel(pairs_within(ends, index, reach, none), len(rows), width)
     density = np.asarray(plain.sum(axis=1)).ravel()
     chain = moved @ scipy.sparse.diags_array(1 / density)
     sums = np.asarray(chain.sum(axis=1)).ravel()

@@ -430,7 +430,7 @@ def density_normalized(
     dimension: float,
     target: np.ndarray | None = None,
 ) -> tuple[scipy.sparse.csr_matrix, np.ndarray, np.ndarray]:
-    """Kernel times ``weights_i * weights_j``, ``q**-alpha``; the weights, and the kernel sums ``q``.
+    """Kernel times ``weights_i * weights_j``, ``q**-alpha``; the weights and the kernel sums ``q``.
 
     Parameters
     ----------

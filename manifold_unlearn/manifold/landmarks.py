@@ -71,13 +71,18 @@ class LandmarkStream(NamedTuple):
 
 
 def _lots(seed: int, numbers: np.ndarray) -> np.ndarray:
-    """A lot for each number, the same whichever others are asked for (splitmix64)."""
+    """A lot for each number, the same whichever others are asked for."""
+    start = _mixed(np.array([seed % 2**64], dtype=np.uint64))
+    return _mixed(_mixed(numbers.astype(np.uint64)) ^ start)
+
+
+def _mixed(words: np.ndarray) -> np.ndarray:
+    """One step of splitmix64 (Steele, Lea and Flood 2014)."""
     with np.errstate(over="ignore"):
-        word = numbers.astype(np.uint64) + np.uint64(seed % 2**64)
-        word = word * np.uint64(0x9E3779B97F4A7C15)
-        word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return word ^ (word >> np.uint64(31))
+        words = words + np.uint64(0x9E3779B97F4A7C15)
+        words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
 
 
 def farthest_points(X: Tensor, n_points: int) -> Tensor:

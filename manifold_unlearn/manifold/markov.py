@@ -120,8 +120,8 @@ def gaussian_operator(
     if neighbors != "exact":
         if variable_bandwidth:
             raise ValueError(
-                f"variable_bandwidth=True needs neighbors='exact', got {neighbors!r}: its distances "
-                "are scaled. Use neighbors='exact', or landmarks for many rows."
+                f"variable_bandwidth=True needs neighbors='exact', got {neighbors!r}: its "
+                "distances are scaled. Use neighbors='exact', or landmarks for many rows."
             )
         found = approximate_graph(
             X,

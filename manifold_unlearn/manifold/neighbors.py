@@ -51,7 +51,9 @@ def check_method(neighbors: str) -> None:
         )
 
 
-def choose_method(n_samples: int, n_searched: int, n_features: int, device: torch.device) -> str:
+def choose_method(
+    n_samples: int, n_searched: int, n_features: int, device: torch.device
+) -> NeighborMethod:
     """The search that ``"auto"`` stands for.
 
     Exact on a GPU, and on the CPU up to 1e13 multiplications; beyond, pynndescent, else faiss,
@@ -59,10 +61,9 @@ def choose_method(n_samples: int, n_searched: int, n_features: int, device: torc
     """
     if device.type != "cpu" or float(n_samples) * n_searched * n_features <= _AFFORDABLE:
         return "exact"
-    for name in ("pynndescent", "faiss"):
-        if importlib.util.find_spec(name):
-            return name
-    return "exact"
+    if importlib.util.find_spec("pynndescent"):
+        return "pynndescent"
+    return "faiss" if importlib.util.find_spec("faiss") else "exact"
 
 
 def nearest_neighbors(
@@ -192,12 +193,20 @@ def _search(
         method = choose_method(len(A), n_searched, A.shape[1], A.device)
     if method in ("exact", "half"):
         first_pass = torch.bfloat16 if method == "half" else None
-        sizes = {"block_columns": block_columns, "rows_per_leaf": rows_per_leaf}
-        return Neighbors(*exact_neighbors(A, B, k, first_pass=first_pass, **sizes)), method
-    found = approximate.SEARCHES[method](A, B, k + (B is None), random_state)
+        found = exact_neighbors(
+            A,
+            B,
+            k,
+            first_pass=first_pass,
+            block_columns=block_columns,
+            rows_per_leaf=rows_per_leaf,
+        )
+        return Neighbors(*found), method
+    indices = approximate.SEARCHES[method](A, B, k + (B is None), random_state)
     if B is None:
-        found = found[without_own(found, torch.arange(len(A), device=A.device))].reshape(-1, k)
-    return _ranked(A, A if B is None else B, found), method
+        own = torch.arange(len(A), device=A.device)
+        indices = indices[without_own(indices, own)].reshape(-1, k)
+    return _ranked(A, A if B is None else B, indices), method
 
 
 def _ranked(A: Tensor, B: Tensor, indices: Tensor) -> Neighbors:

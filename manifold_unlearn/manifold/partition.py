@@ -142,7 +142,7 @@ class Index(NamedTuple):
 
 
 class Searched(NamedTuple):
-    """Rows ``asking``, sorted into leaves too, and the index that they search.
+    """Rows ``asking``, sorted into leaves too, and the index ``known`` that they search.
 
     ``gaps`` (n_asking_leaves, n_leaves) are lower bounds of squared distances, divided by the
     product of the two rows' scales where there are any.
@@ -151,7 +151,7 @@ class Searched(NamedTuple):
     asking: Tensor
     asking_leaves: Leaves
     asking_scales: Tensor | None
-    index: Index
+    known: Index
     gaps: Tensor
 
 

@@ -88,7 +88,7 @@ def pairs_within(
 
 def _within(searched: Searched, reach: Tensor, other_reach: Tensor | None, *, once: bool) -> Pairs:
     """Pairs in the order of the leaves; ``once``: of a set with itself, rows < columns."""
-    asking, leaves = searched.asking_leaves, searched.index.leaves
+    asking, leaves = searched.asking_leaves, searched.known.leaves
     limits = leaf_maxima(asking, reach)[:, None]
     if other_reach is not None:
         limits = torch.maximum(limits, leaf_maxima(leaves, other_reach))
@@ -100,7 +100,7 @@ def _within(searched: Searched, reach: Tensor, other_reach: Tensor | None, *, on
     if flat:
         for part in row_blocks(len(searched.asking), _FLAT_ROWS):
             start = part.start if once else 0
-            for piece in row_blocks(len(searched.index.rows) - start, _BLOCK_COLUMNS):
+            for piece in row_blocks(len(searched.known.rows) - start, _BLOCK_COLUMNS):
                 columns = slice(piece.start + start, piece.stop + start)
                 found.append(_block_pairs(searched, part, columns, reach, other_reach, once))
     else:
@@ -109,9 +109,9 @@ def _within(searched: Searched, reach: Tensor, other_reach: Tensor | None, *, on
             part = slice(asking.starts[group.start], asking.starts[group.stop])
             chosen = near[group].any(0).nonzero()[:, 0]
             for piece in row_blocks(len(chosen), max(1, _BLOCK_COLUMNS // (leaves.starts[1] + 1))):
-                columns = rows_of(leaves, chosen[piece])
+                near_rows = rows_of(leaves, chosen[piece])
                 found.append(
-                    _block_pairs(searched, part, columns, reach, other_reach, once, local=True)
+                    _block_pairs(searched, part, near_rows, reach, other_reach, once, local=True)
                 )
     if not found:
         empty = torch.empty(0, dtype=torch.int64, device=reach.device)
@@ -128,7 +128,7 @@ def _block_pairs(
     once: bool,
     local: bool = False,
 ) -> Pairs:
-    index = searched.index
+    index = searched.known
     A, B = searched.asking[part], index.rows[columns]
     middle = A.mean(0, keepdim=True) if local else index.frame.center
     A, B = A - middle, B - middle if isinstance(columns, slice) else B.sub_(middle)
@@ -145,10 +145,8 @@ def _block_pairs(
         limit = limit * product
     error_A, error_B = rounding_error(squared_A), rounding_error(squared_B)
     coarse = float(error_A.max() + error_B.max()) > _REFINE * float(limit.min())
-    if coarse:  # keep what may be inside, and look again below
-        inside = block - error_A[:, None] - error_B <= limit
-    else:
-        inside = block <= limit
+    # where rounding is coarse, keep what may be inside and look again below
+    inside = (block - error_A[:, None] - error_B if coarse else block) <= limit
     if isinstance(columns, slice):
         first, numbers = columns.start, None
     else:

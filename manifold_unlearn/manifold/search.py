@@ -94,7 +94,7 @@ def without_own(indices: Tensor, own: Tensor) -> Tensor:
 
 def _visited(searched: Searched, k: int) -> float:
     """Part of the leaves that a search will visit, guessed from a few leaves."""
-    starts, n_leaves, index = searched.asking_leaves.starts, len(searched.gaps), searched.index
+    starts, n_leaves, index = searched.asking_leaves.starts, len(searched.gaps), searched.known
     share = 0.0
     probes = range(0, n_leaves, -(-n_leaves // _PROBED))
     for leaf in probes:
@@ -120,22 +120,22 @@ class _LeafSearch:
         flat: bool,
         first_pass: torch.dtype | None,
     ) -> None:
-        self.index, self.k, self.first_pass = searched.index, k, first_pass
+        self.known, self.k, self.first_pass = searched.known, k, first_pass
         self.queries, self.scales = searched.asking[part], searched.asking_scales
         if self.scales is not None:
             self.scales = self.scales[part]
         self.own = torch.arange(part.start, part.stop, device=self.queries.device) if own else None
-        self.center = searched.index.frame.center if flat else self.queries.mean(0, keepdim=True)
+        self.center = searched.known.frame.center if flat else self.queries.mean(0, keepdim=True)
         self.centered = self.queries - self.center
         self.squared = squared_norms(self.centered)
-        self.available = len(self.index.rows) - own
+        self.available = len(self.known.rows) - own
         self.kept = min(k + _SPARE if first_pass is None else 2 * k + _SPARE, self.available)
         self.best = self.centered.new_empty(len(self.queries), 0)
         self.at = torch.empty((len(self.queries), 0), dtype=torch.int64, device=self.best.device)
 
     def look_near(self, gaps: Tensor, block_columns: int) -> None:
         """Look at leaves by their gaps, until no other can hold a better candidate."""
-        leaves = self.index.leaves
+        leaves = self.known.leaves
         gaps, visit = gaps.sort(stable=True)
         n_leaves, size = len(gaps), leaves.starts[1] + 1
         done, wanted = 0, max(4 * self.kept, 4 * size)
@@ -153,15 +153,15 @@ class _LeafSearch:
         """Rounding error of the squared distances up to the farthest candidate, for each row."""
         # that of a far row grows with its norm, but so does its distance: |y| <= |x| + |x - y|
         farthest = self.best.amax(1).clamp_min(0)
-        if self.scales is None or self.index.scales is None:
+        if self.scales is None or self.known.scales is None:
             return 3 * rounding_error(self.squared) + 2 * rounding_error(farthest)
-        unit = self.scales * float(self.index.scales.min())
-        most = self.scales * float(self.index.scales.max())
+        unit = self.scales * float(self.known.scales.min())
+        most = self.scales * float(self.known.scales.max())
         return (3 * rounding_error(self.squared) + 2 * rounding_error(farthest * most)) / unit
 
     def look_at(self, columns: Tensor | slice) -> None:
         """Keep the best of the candidates kept and the rows at ``columns``, ascending."""
-        other = self.index.rows[columns] - self.center
+        other = self.known.rows[columns] - self.center
         block = self._distances(other, columns)
         first = columns.start if isinstance(columns, slice) else 0
         numbers = None if isinstance(columns, slice) else columns
@@ -189,20 +189,20 @@ class _LeafSearch:
         else:
             product = self.centered.to(self.first_pass) @ other.to(self.first_pass).T
             block = (self.squared[:, None] + squared).sub_(product, alpha=2)
-        if self.scales is not None and self.index.scales is not None:
-            block /= self.scales[:, None] * self.index.scales[columns]
+        if self.scales is not None and self.known.scales is not None:
+            block /= self.scales[:, None] * self.known.scales[columns]
         return block
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """Distances, indices and certainty: that no row left out is nearer than the k-th kept."""
-        numbers, order = self.index.leaves.order[self.at].sort(dim=1)
+        numbers, order = self.known.leaves.order[self.at].sort(dim=1)
         at, exact = self.at.gather(1, order), torch.empty_like(self.best)
         chunk = 2**18 // (self.queries.shape[1] * self.kept) if at.is_cpu else 1024
         for part in row_blocks(len(at), max(1, chunk)):
-            difference = self.index.rows[at[part]].sub_(self.queries[part, None])
+            difference = self.known.rows[at[part]].sub_(self.queries[part, None])
             exact[part] = squared_norms(difference)
-        if self.scales is not None and self.index.scales is not None:
-            exact /= self.scales[:, None] * self.index.scales[at]
+        if self.scales is not None and self.known.scales is not None:
+            exact /= self.scales[:, None] * self.known.scales[at]
         exact, order = exact.sort(dim=1, stable=True)
         certain = exact[:, self.k - 1] + self._slack() <= self.best.amax(1)
         certain |= self.kept == self.available

@@ -226,9 +226,13 @@ def product(block: scipy.sparse.csr_matrix, device: torch.device | str) -> Produ
     """The matrix as a function of blocks of vectors on ``device``."""
     if torch.device(device).type == "cpu":
         return lambda V: torch.from_numpy(block @ V.numpy())
-    parts = (torch.from_numpy(part) for part in (block.indptr, block.indices, block.data))
     matrix = torch.sparse_csr_tensor(
-        *parts, size=block.shape, device=device, check_invariants=False
+        torch.from_numpy(block.indptr),
+        torch.from_numpy(block.indices),
+        torch.from_numpy(block.data),
+        size=block.shape,
+        device=device,
+        check_invariants=False,
     )
     return lambda V: matrix @ V
 

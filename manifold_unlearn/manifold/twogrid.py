@@ -8,7 +8,7 @@ fifteen products with a block of vectors, however close to 1 the eigenvalues are
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.linalg
@@ -95,7 +95,7 @@ def coarse_grid(
     smallest = 1 - vectors[:, 1] @ dense @ vectors[:, 1] if vectors.shape[1] > 1 else 1.0
     lifted = np.eye(n_cells) - dense + max(smallest, 1e-12) * np.outer(vectors[:, 0], vectors[:, 0])
     inverse = scipy.linalg.inv(lifted, overwrite_a=True, check_finite=False)
-    place = {"device": device, "dtype": torch.float64}
+    place: Any = {"device": device, "dtype": torch.float64}
     return CoarseGrid(
         torch.as_tensor(weights, **place),
         torch.as_tensor(cell, device=device, dtype=torch.int64),

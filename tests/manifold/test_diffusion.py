@@ -68,6 +68,17 @@ def test_eigenfunctions_and_eigenvalues_are_those_of_the_manifold(name, seed):
     assert fitted.intrinsic_dimension_ == pytest.approx(sample.intrinsic_dimension, abs=0.15)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_strong_noise_changes_neither_spectrum_nor_density(seed):
+    sample = samples.sphere(4000, n_features=128, tilt=1.0, noise=0.03, random_state=seed)
+    fitted = DiffusionMap(8).fit(sample.points)
+    assert fitted.offset_ == pytest.approx(2 * 128 * 0.03**2, rel=0.15)
+    assert explained(fitted.embedding_[:, :3], sample.eigenfunctions[:, :3]) > 0.995
+    np.testing.assert_allclose(fitted.generator_eigenvalues_[:3].mean(), 2, rtol=0.06)
+    assert np.median(fitted.density_ / sample.density) == pytest.approx(1, abs=0.3)
+    assert DiffusionMap(2).fit(samples.sphere(1000, random_state=0).points).offset_ == 0
+
+
 def test_density_returns_when_alpha_is_zero():
     sample = crowded_circle(0)
     first = levels(sample)[0]
@@ -185,6 +196,81 @@ def test_landmarks_place_the_rest_where_the_whole_fit_does(random_state):
     again = clone(fitted).fit(sample.points)
     assert np.array_equal(again.embedding_, fitted.embedding_)
     np.testing.assert_allclose(fitted.transform(sample.points), fitted.embedding_, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+@pytest.mark.parametrize("n_batches", [1, 4, 13])
+def test_a_stream_is_fitted_as_all_of_it_at_once(kind, n_batches):
+    sample = samples.sphere(2000, n_features=8, random_state=0)
+    options = {"n_landmarks": 500, "random_state": 3}
+    whole = DiffusionMap(3, **options).fit(kind(sample.points))
+    batches = [kind(part) for part in np.array_split(sample.points, n_batches)]
+    streamed = DiffusionMap(3, **options).fit(iter(batches))
+    partial = DiffusionMap(3, **options)
+    for batch in batches:
+        partial.partial_fit(batch)
+    for fitted in (streamed, partial):
+        assert fitted.n_seen_ == 2000
+        assert (fitted.landmark_indices_ == whole.landmark_indices_).all()
+        assert type(fitted.embedding_) is type(batches[0])
+        np.testing.assert_allclose(fitted.eigenvalues_, whole.eigenvalues_, rtol=1e-9)
+        at = np.asarray(whole.landmark_indices_)
+        np.testing.assert_allclose(fitted.embedding_, whole.embedding_[at], atol=1e-8)
+        np.testing.assert_allclose(
+            fitted.transform(kind(sample.points)), whole.embedding_, atol=1e-6
+        )
+
+
+def test_a_stream_without_a_seed_keeps_farthest_points():
+    sample = samples.circle(3000, n_features=4, density_amplitude=0.8, random_state=0)
+    fitted = DiffusionMap(2, n_landmarks=300).fit(iter(np.array_split(sample.points, 6)))
+    angles = np.sort(sample.intrinsic_coordinates[fitted.landmark_indices_, 0])
+    assert np.diff(angles).max() < 3 * 2 * np.pi / 300
+    new = fitted.transform(sample.points)
+    assert explained(new, sample.eigenfunctions[:, :2]) > 0.99
+
+
+def test_a_stream_that_cannot_be_fitted_is_refused_and_leaves_the_fit():
+    X = samples.circle(300, random_state=0).points
+    fitted = DiffusionMap(2, random_state=0).partial_fit(X)
+    before = fitted.embedding_.copy()
+    with pytest.raises(ValueError, match="X has 3 features"):
+        fitted.partial_fit(np.ones((20, 3)))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        fitted.partial_fit(np.full((20, 2), np.nan))
+    assert np.array_equal(fitted.embedding_, before)
+    assert fitted.n_seen_ == 300
+    with pytest.raises(ValueError, match="the iterator gave no batch"):
+        DiffusionMap().fit(iter([]))
+    with pytest.raises(ValueError, match="target has no place beside an iterator"):
+        DiffusionMap().fit(iter([X]), target=np.ones(300))
+
+
+@pytest.mark.parametrize(
+    "neighbors", ["half", "faiss", pytest.param("pynndescent", marks=pytest.mark.slow)]
+)
+def test_an_approximate_search_gives_the_same_map(neighbors):
+    if neighbors != "half":
+        pytest.importorskip(neighbors)
+    sample = samples.sphere(3000, n_features=24, random_state=0)
+    exact = DiffusionMap(3).fit(sample.points)
+    fitted = DiffusionMap(3, neighbors=neighbors, random_state=0).fit(sample.points)
+    assert exact.recall_ == 1
+    assert 0.9 < fitted.recall_ <= 1
+    assert explained(fitted.embedding_, sample.eigenfunctions[:, :3]) > 0.995
+    np.testing.assert_allclose(fitted.transform(sample.points), fitted.embedding_, atol=0.05)
+    np.testing.assert_allclose(
+        fitted.generator_eigenvalues_, exact.generator_eigenvalues_, rtol=0.03
+    )
+
+
+def test_lists_too_short_for_the_kernel_are_told_of():
+    X = samples.circle(2000, random_state=0).points
+    with pytest.warns(UserWarning, match=r"lists of 40 neighbors truncate the kernel.*n_neighbors"):
+        fitted = DiffusionMap(2, n_neighbors=10, bandwidth=0.05, neighbors="half").fit(X)
+    assert np.isfinite(fitted.embedding_).all()
+    with pytest.raises(ValueError, match="variable_bandwidth=True needs neighbors='exact'"):
+        DiffusionMap(2, variable_bandwidth=True, neighbors="half").fit(X)
 
 
 @pytest.mark.parametrize(

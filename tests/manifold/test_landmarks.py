@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from manifold_unlearn.manifold.landmarks import choose_landmarks, farthest_points
+from manifold_unlearn.manifold.landmarks import LandmarkStream, choose_landmarks, farthest_points
 
 
 def test_farthest_points_cover_the_data():
@@ -24,3 +24,23 @@ def test_landmarks_are_random_only_when_a_state_is_given():
     assert torch.equal(drawn, choose_landmarks(X, 10, random_state=0))
     assert not torch.equal(drawn, choose_landmarks(X, 10, random_state=1))
     assert drawn.tolist() == sorted(set(drawn.tolist()))
+
+
+def test_random_landmarks_do_not_see_how_the_stream_was_cut():
+    X = torch.arange(1000.0)[:, None]
+    whole = choose_landmarks(X, 50, 7)
+    for size in (1, 33, 400):
+        stream = LandmarkStream(50, 7)
+        for batch in X.split(size):
+            stream = stream.add(batch)
+        assert stream.n_seen == 1000
+        assert torch.equal(stream.numbers, whole)
+        assert torch.equal(stream.rows, X[whole])
+    assert not torch.equal(choose_landmarks(X, 50, 8), whole)
+
+
+def test_random_landmarks_are_even():
+    counts = torch.zeros(200)
+    for seed in range(400):
+        counts[choose_landmarks(torch.zeros(200, 1), 50, seed)] += 1
+    assert float(((counts - 100) ** 2 / 75).mean()) == pytest.approx(1, abs=0.3)

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -6,9 +8,14 @@ from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 
 from manifold_unlearn.manifold.distances import center_of
-from manifold_unlearn.manifold.neighbors import nearest_neighbors
+from manifold_unlearn.manifold.neighbors import (
+    approximate_neighbors,
+    choose_method,
+    nearest_neighbors,
+)
 from manifold_unlearn.manifold.partition import build_index
-from manifold_unlearn.manifold.radius import radius_neighbors
+from manifold_unlearn.manifold.radius import pairs_within, radius_neighbors
+from manifold_unlearn.manifold.search import exact_neighbors
 
 
 def cloud(n_samples=300, n_features=12, seed=0):
@@ -126,3 +133,88 @@ def test_radius_pairs_of_far_rows_are_exact():
     torch.testing.assert_close(
         found.squared_distances.double(), exact.squared_distances, rtol=1e-4, atol=1e-9
     )
+
+
+def test_pairs_within_reach_of_either_match_all_distances():
+    X, Q = (torch.from_numpy(cloud(n, 5, seed)) for n, seed in ((200, 0), (90, 1)))
+    reach_X, reach_Q = torch.linspace(0, 6, 200).double(), torch.linspace(5, 0, 90).double()
+    scale_X, scale_Q = torch.linspace(1, 2, 200).double(), torch.linspace(0.5, 1, 90).double()
+    index = build_index(X, scale_X, rows_per_leaf=16)
+    found = pairs_within(Q, index, reach_Q, reach_X, scale_Q=scale_Q)
+    expected = torch.cdist(Q, X).square() / (scale_Q[:, None] * scale_X)
+    inside = expected <= torch.maximum(reach_Q[:, None], reach_X)
+    dense = torch.zeros_like(expected)
+    dense[found.rows, found.columns] = found.squared_distances
+    assert len(found.rows) == int(inside.sum()) > 500
+    torch.testing.assert_close(dense, expected * inside, rtol=1e-9, atol=1e-9)
+
+
+def test_scaled_neighbors_match_all_distances():
+    X = torch.from_numpy(cloud(400, 6))
+    scale = torch.linspace(0.5, 2, 400).double()
+    index = build_index(X, scale, rows_per_leaf=16)
+    distances, at = exact_neighbors(X, index, 7, scale_A=scale)
+    expected = torch.cdist(X, X).square() / (scale[:, None] * scale)
+    nearest = expected.topk(7, dim=1, largest=False)
+    torch.testing.assert_close(distances, nearest.values, rtol=1e-9, atol=1e-12)
+    assert torch.equal(at, nearest.indices)
+
+
+@pytest.mark.parametrize("n_features", [3, 40])
+def test_leaves_left_out_hold_no_neighbor(n_features):
+    """Thin data: most leaves are left out, and the answer is that of all distances."""
+    rng = np.random.default_rng(0)
+    curve = np.linspace(0, 30, 6000)[:, None]
+    X = np.concatenate([np.sin(curve), np.cos(curve), curve], 1) @ rng.standard_normal(
+        (3, n_features)
+    )
+    rng.shuffle(X)
+    found = nearest_neighbors(X.astype(np.float32), 12, rows_per_leaf=64)
+    expected = nearest_neighbors(X[:300], 13, X)
+    np.testing.assert_allclose(
+        found.squared_distances[:300], expected.squared_distances[:, 1:], rtol=2e-2, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "method", ["half", "faiss", pytest.param("pynndescent", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("other", [False, True])
+def test_approximate_searches_say_what_they_miss(method, other):
+    if method != "half":
+        pytest.importorskip(method)
+    X = cloud(2500, 10)
+    Y = cloud(1500, 10, seed=1) if other else None
+    found = approximate_neighbors(X, 10, Y, neighbors=method, random_state=0)
+    exact = nearest_neighbors(X, 10, Y)
+    hits = [
+        len(set(a) & set(b)) for a, b in zip(found.neighbors.indices, exact.indices, strict=True)
+    ]
+    assert found.method == method
+    assert found.recall == pytest.approx(np.mean(hits) / 10, abs=0.03)
+    assert found.recall > 0.9
+    if not other:
+        assert (found.neighbors.indices != np.arange(2500)[:, None]).all()
+    at = found.neighbors.indices[:, 3]
+    searched = X if Y is None else Y
+    np.testing.assert_allclose(
+        found.neighbors.squared_distances[:, 3], ((X - searched[at]) ** 2).sum(1), rtol=1e-9
+    )
+    assert (np.diff(found.neighbors.squared_distances, axis=1) >= 0).all()
+
+
+def test_auto_is_exact_until_it_costs_minutes():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert choose_method(100_000, 100_000, 768, cpu) == "exact"
+    assert choose_method(1_000_000, 1_000_000, 768, gpu) == "exact"
+    large = choose_method(1_000_000, 1_000_000, 768, cpu)
+    assert large in ("pynndescent", "faiss", "exact")
+    found = approximate_neighbors(cloud(), 3)
+    assert (found.method, found.recall) == ("exact", 1.0)
+
+
+@pytest.mark.parametrize("method", ["pynndescent", "faiss"])
+def test_a_library_that_is_missing_is_named(method, monkeypatch):
+    monkeypatch.setitem(sys.modules, method, None)
+    with pytest.raises(ImportError, match=r"pip install manifold-unlearn\[approximate\]"):
+        nearest_neighbors(cloud(50, 3), 2, neighbors=method)
