@@ -234,11 +234,13 @@ class GeodesicMap(TransformerMixin, BaseEstimator):
         Returns
         -------
         array or Tensor of shape (n_X, n_Y)
-            In units of the data, finite. Sources are computed in blocks; without ``n_landmarks``
-            the distances of the fit are looked up.
+            In units of the data, finite; looked up in the fit's, or computed in blocks of rows.
         """
         check_is_fitted(self)
         like = self.embedding_ if X is None else X
+        table, node = torch.as_tensor(self.landmark_distances_), torch.as_tensor(self.node_)
+        if X is None and Y is None and len(table) == table.shape[1]:
+            return restore(table[node][:, node] if len(table) < len(node) else table.clone(), like)
         device = (X if isinstance(X, Tensor) else torch.as_tensor(self.points_)).device
         first = self._rows_or_fitted(X, device)
         second = first if Y is None else self._rows_or_fitted(Y, device)
@@ -278,9 +280,8 @@ class GeodesicMap(TransformerMixin, BaseEstimator):
         n = len(points)
         leave = with_entries(self._stored(), entry.indices[:1], entry.lengths[:1], outward=True)
         joined = with_entries(leave, entry.indices[1:], entry.lengths[1:], outward=False)
-        if bool((ends[0] - ends[1]).norm() <= 1e-12 * points.norm(dim=1).max()):
-            curve = ends
-        else:
+        curve = ends
+        if bool((ends[0] - ends[1]).norm() > 1e-12 * points.norm(dim=1).max()):
             path = shortest_path(joined, n, n + 1)
             curve = torch.cat([points, ends])[torch.from_numpy(path).to(points.device)]
         if self.method != "graph" and len(curve) > 2:
@@ -435,10 +436,9 @@ class GeodesicMap(TransformerMixin, BaseEstimator):
     def _end(self, value: Any, name: str) -> Tensor:
         points, node = torch.as_tensor(self.points_), torch.as_tensor(self.node_)
         if np.ndim(value) == 0:
-            row = int(value)
-            if not -len(node) <= row < len(node):
-                raise ValueError(f"{name}={row} is not one of the {len(node)} rows fitted.")
-            return points[node[row]][None]
+            if not -len(node) <= int(value) < len(node):
+                raise ValueError(f"{name}={value} is not one of the {len(node)} rows fitted.")
+            return points[node[int(value)]][None]
         value = value if isinstance(value, Tensor) else np.asarray(value)
         point = as_rows(value[None], device=points.device, name=name)
         if point.shape[1] != self.n_features_in_:
