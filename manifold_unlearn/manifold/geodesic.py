@@ -174,11 +174,10 @@ class GeodesicMap(TransformerMixin, BaseEstimator):
             distances = all_pairs_through_hubs(graph, hubs, source)
         else:
             distances = source(at.cpu().numpy()).to(points.device)
-            if whole:
-                distances = torch.minimum(distances, distances.mT)
+            distances = torch.minimum(distances, distances.mT) if whole else distances
         self.landmark_nodes_, self.landmark_indices_ = at, first[at]
         self.landmark_distances_ = distances
-        scaling = classical_scaling(distances[:, at] if not whole else distances, self.n_components)
+        scaling = classical_scaling(distances if whole else distances[:, at], self.n_components)
         self.triangulation_, self.mean_squared_, self.eigenvalues_ = scaling
         found = int((scaling.eigenvalues > 0).sum())
         if found < self.n_components:
