@@ -83,7 +83,7 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
         Fit on so many rows only and place the rest by Nyström extension. The rows are the farthest
         points, or a random subset when ``random_state`` is given. Of a stream 2,048 for None.
     backend : {"torch", "pydiffmap"}, default="torch"
-        ``"pydiffmap"``: kernel, bandwidth and normalization of that package.
+        ``"pydiffmap"``: that package's kernel, bandwidth and normalization.
     device : str or torch.device, default="auto"
         Where to compute: the device of a tensor given, else a GPU, else the CPU.
     random_state : int, RandomState or None, default=None

@@ -29,6 +29,7 @@ FAR_CUTOFF = 18.4
 NEAR = 8
 """Neighbors that the variable bandwidth is made from."""
 
+_FEW, _FEW_OF_MANY = 1024, 8  # rows that are few, and rows enough in a support of many
 _SAMPLED_PAIRS = 2**22
 _BIN_BITS = 4  # of the mantissa: 16 bins an octave
 _GRID_PER_OCTAVE = 4
@@ -343,8 +344,7 @@ def kernel_graph(
 
     Every pair with ``r**2 <= 4 * bandwidth * cutoff`` is kept, whatever the density, since a
     kernel cut after k neighbors brings the density back that ``alpha=1`` takes out. Rows that hold
-    fewer than ``n_neighbors`` rows there (themselves included) reach on to that many, as
-    far as weight 1e-8.
+    fewer rows there than :func:`least_held` reach on to ``n_neighbors``, as far as weight 1e-8.
 
     Parameters
     ----------
@@ -365,7 +365,7 @@ def kernel_graph(
     held = 1 + torch.bincount(pairs.rows, minlength=n_samples)
     held += torch.bincount(pairs.columns, minlength=n_samples)
     support = torch.full((n_samples,), base, dtype=X.dtype, device=X.device)
-    few = (held < n_neighbors).nonzero()[:, 0]
+    few = (held < least_held(n_neighbors, n_samples)).nonzero()[:, 0]
     extra = Pairs(*(part[:0] for part in pairs))
     if len(few):
         own = None if scale is None else scale[few]
@@ -411,6 +411,14 @@ def two_sided(
     """``diag(left) @ matrix @ diag(right)``."""
     data = matrix.data * np.repeat(left, np.diff(matrix.indptr)) * right[matrix.indices]
     return scipy.sparse.csr_matrix((data, matrix.indices, matrix.indptr), shape=matrix.shape)
+
+
+def least_held(n_neighbors: int, n_samples: int) -> int:
+    """Rows in its support, itself too, below which a row reaches beyond it.
+
+    ``n_neighbors`` of at most 1,024 rows, which costs little; of more rows 8 do.
+    """
+    return n_neighbors if n_samples <= _FEW else min(n_neighbors, _FEW_OF_MANY)
 
 
 def support_radius(squared_distances: Tensor, base: float, far: float) -> Tensor:

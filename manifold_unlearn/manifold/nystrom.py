@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import scipy.sparse
 import torch
 from torch import Tensor
 
 from manifold_unlearn.arrays import row_blocks
-from manifold_unlearn.manifold.kernels import NEAR, relative_bandwidth_function, support_radius
+from manifold_unlearn.manifold.kernels import NEAR, least_held, relative_bandwidth_function, support_radius
 from manifold_unlearn.manifold.markov import LEAST_EIGENVALUE
 from manifold_unlearn.manifold.partition import Index, build_index
 from manifold_unlearn.manifold.radius import Pairs, pairs_within
 from manifold_unlearn.manifold.search import exact_neighbors
+from manifold_unlearn.manifold.twogrid import Product
 
 _ROWS = 2**16
 """Rows extended together: their pairs with fitted rows are held at once."""
@@ -92,7 +94,8 @@ def _extend_rows(queries: Tensor, index: Index, fitted: FittedOperator) -> tuple
     pairs = pairs_within(queries, index, reach, fitted.squared_support, scale_Q=own)
     inside = pairs.rows[pairs.squared_distances <= base]
     held = torch.bincount(inside, minlength=len(queries))
-    few = (held < fitted.n_neighbors).nonzero()[:, 0]
+    least = least_held(fitted.n_neighbors, n_landmarks)
+    few = (held < least).nonzero()[:, 0]
     n_far = 0
     if len(few):
         scale = None if own is None else own[few]
@@ -102,7 +105,7 @@ def _extend_rows(queries: Tensor, index: Index, fitted: FittedOperator) -> tuple
         reach = support_radius(near, base, far)
         reach = torch.where(near[:, 0] > base, torch.maximum(reach, near[:, 0] + base), reach)
         wide = pairs_within(queries[few], index, reach, fitted.squared_support, scale_Q=scale)
-        keep = (held >= fitted.n_neighbors)[pairs.rows]
+        keep = (held >= least)[pairs.rows]
         pairs = Pairs(
             torch.cat([pairs.rows[keep], few[wide.rows]]),
             torch.cat([pairs.columns[keep], wide.columns]),
@@ -113,11 +116,20 @@ def _extend_rows(queries: Tensor, index: Index, fitted: FittedOperator) -> tuple
     nearest.scatter_reduce_(0, pairs.rows, squared, "amin")
     weights = torch.exp((nearest[pairs.rows] - squared) / width)
     weights *= fitted.weights[pairs.columns]
-    shape = (len(queries), n_landmarks)
-    at = torch.stack([pairs.rows, pairs.columns])
-    kernel = torch.sparse_coo_tensor(at, weights, shape, check_invariants=False)
-    sums = torch.zeros_like(nearest).index_add_(0, pairs.rows, weights)
+    kernel = _product(pairs, weights, (len(queries), n_landmarks))
+    sums = kernel(torch.ones_like(fitted.eigenfunctions[:, :1]))
     squared_own = torch.ones_like(nearest) if own is None else own.double() ** 2
     eigenvalues = 1 - fitted.rates * squared_own[:, None]
     eigenvalues = torch.where(eigenvalues.abs() < LEAST_EIGENVALUE, LEAST_EIGENVALUE, eigenvalues)
-    return kernel @ fitted.eigenfunctions / sums[:, None] / eigenvalues, n_far
+    return kernel(fitted.eigenfunctions) / sums / eigenvalues, n_far
+
+
+def _product(pairs: Pairs, weights: Tensor, shape: tuple[int, int]) -> Product:
+    """The sparse matrix of ``weights`` at ``pairs``, as a function of blocks of vectors."""
+    if weights.is_cuda:
+        at = torch.stack([pairs.rows, pairs.columns])
+        on_device = torch.sparse_coo_tensor(at, weights, shape, check_invariants=False)
+        return lambda V: on_device @ V
+    places = (pairs.rows.numpy(), pairs.columns.numpy())
+    matrix = scipy.sparse.coo_matrix((weights.numpy(), places), shape).tocsr()
+    return lambda V: torch.from_numpy(matrix @ V.numpy())

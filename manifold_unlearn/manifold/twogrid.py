@@ -127,7 +127,7 @@ def leading_eigenpairs(
     precondition: Product,
     *,
     max_iter: int = 40,
-    tol: float = 3e-6,
+    tol: float = 1e-5,
 ) -> Found:
     """Largest eigenpairs by locally optimal block preconditioned conjugate gradients.
 
@@ -155,7 +155,7 @@ def leading_eigenpairs(
         limit = tol * float(1 - values[wanted - 1]) + _LEAST_RESIDUAL
         if float(norms[:wanted].max()) <= limit:
             return Found(values[:wanted], V[:, :wanted], True)
-        H = precondition(residual[:, norms > 0.1 * limit])
+        H = precondition(residual[:, :wanted][:, norms[:wanted] > 0.1 * limit])
         H = H - V @ (V.T @ H)
         H = H / torch.linalg.vector_norm(H, dim=0).clamp_min(1e-300)
         n_old = V.shape[1]
