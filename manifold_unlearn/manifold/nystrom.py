@@ -131,5 +131,7 @@ def _product(pairs: Pairs, weights: Tensor, shape: tuple[int, int]) -> Product:
         on_device = torch.sparse_coo_tensor(at, weights, shape, check_invariants=False)
         return lambda V: on_device @ V
     places = (pairs.rows.numpy(), pairs.columns.numpy())
-    matrix = scipy.sparse.coo_matrix((weights.numpy(), places), shape).tocsr()
+    listed = scipy.sparse.coo_matrix((weights.numpy(), places), shape)
+    listed.has_canonical_format = True  # no pair is listed twice: no need to sort and sum them
+    matrix = listed.tocsr()
     return lambda V: torch.from_numpy(matrix @ V.numpy())

@@ -11,7 +11,6 @@ from manifold_unlearn.arrays import row_blocks
 from manifold_unlearn.manifold.distances import (
     exact_squared_distances,
     rounding_error,
-    squared_distance_block,
     squared_norms,
 )
 from manifold_unlearn.manifold.partition import (
@@ -25,7 +24,7 @@ from manifold_unlearn.manifold.partition import (
 _REFINE = 1e-4  # part of the squared radius up to which rounding is left standing
 _FLAT = 0.5  # part of the leaves within reach above which all rows are looked at in order
 _FLAT_ROWS = 1024
-_NEAR_ROWS = 128  # leaves are looked at together up to about so many rows
+_NEAR_ROWS = 200  # leaves are looked at together up to about so many rows
 _BLOCK_COLUMNS = 4096
 
 
@@ -95,74 +94,95 @@ def _within(searched: Searched, reach: Tensor, other_reach: Tensor | None, *, on
     near = searched.gaps <= limits
     if once:
         near = near.triu()
-    flat = float(near.double().mean()) > _FLAT / (1 + once)
+    sides = _Sides(searched, reach, other_reach, once)
     found = []
-    if flat:
+    if float(near.double().mean()) > _FLAT / (1 + once):
         for part in row_blocks(len(searched.asking), _FLAT_ROWS):
             start = part.start if once else 0
             for piece in row_blocks(len(searched.known.rows) - start, _BLOCK_COLUMNS):
-                columns = slice(piece.start + start, piece.stop + start)
-                found.append(_block_pairs(searched, part, columns, reach, other_reach, once))
+                found.append(sides.pairs(part, slice(piece.start + start, piece.stop + start)))
     else:
-        n_leaves, together = len(near), max(1, _NEAR_ROWS // (asking.starts[1] + 1))
-        for group in row_blocks(n_leaves, together):
+        together = max(1, _NEAR_ROWS // (asking.starts[1] + 1))
+        wide = max(1, _BLOCK_COLUMNS // (leaves.starts[1] + 1))
+        for group in row_blocks(len(near), together):
             part = slice(asking.starts[group.start], asking.starts[group.stop])
             chosen = near[group].any(0).nonzero()[:, 0]
-            for piece in row_blocks(len(chosen), max(1, _BLOCK_COLUMNS // (leaves.starts[1] + 1))):
-                near_rows = rows_of(leaves, chosen[piece])
-                found.append(
-                    _block_pairs(searched, part, near_rows, reach, other_reach, once, local=True)
-                )
+            for piece in row_blocks(len(chosen), wide):
+                found.append(sides.pairs(part, rows_of(leaves, chosen[piece])))
     if not found:
         empty = torch.empty(0, dtype=torch.int64, device=reach.device)
         return Pairs(empty, empty, empty.to(reach.dtype))
     return Pairs(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
-def _block_pairs(
-    searched: Searched,
-    part: slice,
-    columns: slice | Tensor,
-    reach: Tensor,
-    other_reach: Tensor | None,
-    once: bool,
-    local: bool = False,
-) -> Pairs:
-    index = searched.known
-    A, B = searched.asking[part], index.rows[columns]
-    middle = A.mean(0, keepdim=True) if local else index.frame.center
-    A, B = A - middle, B - middle if isinstance(columns, slice) else B.sub_(middle)
-    squared_A, squared_B = squared_norms(A), squared_norms(B)
-    block = squared_distance_block(A, B, squared_A, squared_B)
-    limit = reach[part, None]
-    if other_reach is not None:
-        others = other_reach[columns]
-        if float(others.max()) > float(limit.min()):
-            limit = torch.maximum(limit, others)
-    product = None
-    if searched.asking_scales is not None and index.scales is not None:
-        product = searched.asking_scales[part, None] * index.scales[columns]
-        limit = limit * product
-    error_A, error_B = rounding_error(squared_A), rounding_error(squared_B)
-    coarse = float(error_A.max() + error_B.max()) > _REFINE * float(limit.min())
-    # where rounding is coarse, keep what may be inside and look again below
-    inside = (block - error_A[:, None] - error_B if coarse else block) <= limit
-    if isinstance(columns, slice):
-        first, numbers = columns.start, None
-    else:
-        first, numbers = 0, columns
-    if once and first < part.stop:
-        at = torch.arange(first, first + len(B), device=A.device) if numbers is None else numbers
-        inside &= torch.arange(part.start, part.stop, device=A.device)[:, None] < at
-    rows, at = inside.nonzero(as_tuple=True)
-    values = block[rows, at].clamp_min_(0)
-    limits = limit.expand_as(block)[rows, at] if coarse else None
-    if limits is not None:
-        again = (error_A[rows] + error_B[at] > _REFINE * limits).nonzero()[:, 0]
-        first_rows, second_rows = searched.asking[part], index.rows[columns]
-        values[again] = exact_squared_distances(first_rows, second_rows, rows[again], at[again])
-        keep = values <= limits
-        rows, at, values = rows[keep], at[keep], values[keep]
-    if product is not None:
-        values = values / product[rows, at]
-    return Pairs(rows + part.start, at + first if numbers is None else numbers[at], values)
+class _Sides:
+    """Rows that ask and rows that are searched, ready for blocks of distances."""
+
+    def __init__(
+        self, searched: Searched, reach: Tensor, other_reach: Tensor | None, once: bool
+    ) -> None:
+        self.searched, self.reach, self.other_reach, self.once = searched, reach, other_reach, once
+        self.scaled = searched.asking_scales is not None and searched.known.scales is not None
+        center = searched.known.frame.center
+        self.rows = searched.known.rows - center
+        self.squared_rows = squared_norms(self.rows)
+        same = searched.asking is searched.known.rows
+        self.asking = self.rows if same else searched.asking - center
+        self.squared = self.squared_rows if same else squared_norms(self.asking)
+        least = float(reach.min())
+        if self.scaled:
+            least *= float(searched.asking_scales.min()) * float(searched.known.scales.min())
+        largest = float(
+            rounding_error(self.squared).max() + rounding_error(self.squared_rows).max()
+        )
+        self.fine = largest <= _REFINE * least  # one center will do for all blocks
+
+    def pairs(self, part: slice, columns: slice | Tensor) -> Pairs:
+        """Pairs of the rows ``part`` that ask and the rows ``columns``."""
+        A, B = self.asking[part], self.rows[columns]
+        squared_A, squared_B = self.squared[part], self.squared_rows[columns]
+        if not self.fine:
+            middle = A.mean(0, keepdim=True)
+            A, B = A - middle, B - middle
+            squared_A, squared_B = squared_norms(A), squared_norms(B)
+        block = torch.addmm(squared_B[None, :], A, B.T, alpha=-2)  # squared_A comes below
+        limit, product = self._limits(part, columns)
+        error_A, error_B = rounding_error(squared_A), rounding_error(squared_B)
+        coarse = not self.fine and float(error_A.max() + error_B.max()) > _REFINE * float(
+            limit.min()
+        )
+        # where rounding is coarse, keep what may be inside and look again below
+        lower = block - error_A[:, None] - error_B if coarse else block
+        inside = lower <= limit - squared_A[:, None]
+        numbers = (
+            torch.arange(columns.start, columns.stop, device=A.device)
+            if isinstance(columns, slice)
+            else columns
+        )
+        if self.once and int(numbers[0]) < part.stop:
+            own = torch.arange(part.start, part.stop, device=A.device)
+            inside &= own[:, None] < numbers
+        rows, at = inside.nonzero(as_tuple=True)
+        values = (block[rows, at] + squared_A[rows]).clamp_min_(0)
+        if coarse:
+            limits = limit.expand_as(block)[rows, at]
+            again = (error_A[rows] + error_B[at] > _REFINE * limits).nonzero()[:, 0]
+            exact = self.searched.asking[part], self.searched.known.rows[columns]
+            values[again] = exact_squared_distances(*exact, rows[again], at[again])
+            keep = values <= limits
+            rows, at, values = rows[keep], at[keep], values[keep]
+        if product is not None:
+            values = values / product[rows, at]
+        return Pairs(rows + part.start, numbers[at], values)
+
+    def _limits(self, part: slice, columns: slice | Tensor) -> tuple[Tensor, Tensor | None]:
+        """Largest squared distances of pairs, unscaled, and the product of their scales."""
+        limit = self.reach[part, None]
+        if self.other_reach is not None:
+            others = self.other_reach[columns]
+            if float(others.max()) > float(limit.min()):
+                limit = torch.maximum(limit, others)
+        if not self.scaled:
+            return limit, None
+        product = self.searched.asking_scales[part, None] * self.searched.known.scales[columns]
+        return limit * product, product
