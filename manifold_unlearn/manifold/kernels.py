@@ -30,6 +30,7 @@ NEAR = 8
 """Neighbors that the variable bandwidth is made from."""
 
 _FEW, _FEW_OF_MANY = 1024, 8  # rows that are few, and rows enough in a support of many
+_CLEAR = 20.0  # times the bound on rounding that distances in single precision must exceed
 _SAMPLED_PAIRS = 2**22
 _BIN_BITS = 4  # of the mantissa: 16 bins an octave
 _GRID_PER_OCTAVE = 4
@@ -117,8 +118,10 @@ def pair_histogram(X: Tensor, scale: Tensor | None = None) -> PairHistogram:
     step = torch.arange(n_sampled, device=X.device) * n_samples // n_sampled
     sampled = (squared - 2 * (X @ mean)).argsort(stable=True)[step]
     unit = float(squared.max()) or 1.0
-    X = (X / unit**0.5).double()
-    squared = squared_norms(X)
+    X, squared = X / unit**0.5, squared / unit
+    if X.dtype == torch.float32 and not _resolved(X, squared, sampled[:: max(1, n_sampled // 64)]):
+        X = X.double()
+        squared = squared_norms(X)
     error = rounding_error(squared)
     n_bins = (_OCTAVES + 14) << _BIN_BITS
     first_bin = (127 - _OCTAVES) << _BIN_BITS
@@ -149,6 +152,14 @@ def pair_histogram(X: Tensor, scale: Tensor | None = None) -> PairHistogram:
     return PairHistogram(
         counts[:, low:high].cpu().numpy().astype(np.float64), (edges[1:] + edges[:-1]) / 2
     )
+
+
+def _resolved(X: Tensor, squared: Tensor, rows: Tensor) -> bool:
+    """Whether distances from ``rows`` to all others stand well above rounding."""
+    block = squared_distance_block(X[rows], X, squared[rows], squared)
+    block[torch.arange(len(rows), device=X.device), rows] = float("inf")
+    error = rounding_error(squared)
+    return bool((block > _CLEAR * (error[rows, None] + error)).all())
 
 
 def tune_bandwidth(

@@ -17,7 +17,7 @@ from manifold_unlearn.manifold.twogrid import Product, coarse_grid, leading_eige
 _DENSE = 400  # components up to this size are solved densely
 _AFFORDABLE = 3000  # and up to this size where ARPACK fails
 _CELLS, _CELL_ROWS = 2048, 16  # most cells of the coarse grid, and least rows of a cell
-_SPARE = 6  # vectors iterated beyond those wanted
+_SPARE = 5  # vectors iterated beyond those wanted
 _CHECKED = 40  # most steps that look for an eigenvalue missed
 _TOLERANCE = 1e-10
 _RESTARTS = 60
