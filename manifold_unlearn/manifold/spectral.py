@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -224,16 +225,16 @@ def _top_of_rest(block: scipy.sparse.csr_matrix, basis: np.ndarray, steps: int) 
 
 def product(block: scipy.sparse.csr_matrix, device: torch.device | str) -> Product:
     """The matrix as a function of blocks of vectors on ``device``."""
-    if torch.device(device).type == "cpu":
-        return lambda V: torch.from_numpy(block @ V.numpy())
-    matrix = torch.sparse_csr_tensor(
-        torch.from_numpy(block.indptr),
-        torch.from_numpy(block.indices),
-        torch.from_numpy(block.data),
-        size=block.shape,
-        device=device,
-        check_invariants=False,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        matrix = torch.sparse_csr_tensor(
+            torch.from_numpy(block.indptr),
+            torch.from_numpy(block.indices),
+            torch.from_numpy(block.data),
+            size=block.shape,
+            device=device,
+            check_invariants=False,
+        )
     return lambda V: matrix @ V
 
 
