@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING, Any
 from manifold_unlearn.intervene.hooks import intervene  # eager: it shares its package's name
 
 if TYPE_CHECKING:
-    from manifold_unlearn import evaluate, report, testbed
+    from manifold_unlearn import comparison, evaluate, manifold, report, testbed
     from manifold_unlearn.activations.capture import Activations, capture, recording
     from manifold_unlearn.activations.models import load_model
+    from manifold_unlearn.comparison.align import align_manifolds
+    from manifold_unlearn.comparison.compare import compare_manifolds
     from manifold_unlearn.erase.subspace import SubspaceEraser
     from manifold_unlearn.intervene.bake import bake, is_bakeable
     from manifold_unlearn.intervene.edit import Edit
     from manifold_unlearn.manifold.diffusion import DiffusionMap
+    from manifold_unlearn.manifold.dimension import intrinsic_dimension
+    from manifold_unlearn.manifold.geodesic import GeodesicMap
+    from manifold_unlearn.manifold.tangent import TangentBundle
+    from manifold_unlearn.manifold.validity import check_manifold
     from manifold_unlearn.pipeline import unlearn
 
 __version__ = "0.1.0"
@@ -23,27 +29,41 @@ _HOME = {
     "Activations": "activations.capture",
     "DiffusionMap": "manifold.diffusion",
     "Edit": "intervene.edit",
+    "GeodesicMap": "manifold.geodesic",
     "SubspaceEraser": "erase.subspace",
+    "TangentBundle": "manifold.tangent",
+    "align_manifolds": "comparison.align",
     "bake": "intervene.bake",
     "capture": "activations.capture",
+    "check_manifold": "manifold.validity",
+    "compare_manifolds": "comparison.compare",
+    "intrinsic_dimension": "manifold.dimension",
     "is_bakeable": "intervene.bake",
     "load_model": "activations.models",
     "recording": "activations.capture",
     "unlearn": "pipeline",
 }
-_ROOMS = ("evaluate", "report", "testbed")
+_ROOMS = ("comparison", "evaluate", "manifold", "report", "testbed")
 
 __all__ = [
     "Activations",
     "DiffusionMap",
     "Edit",
+    "GeodesicMap",
     "SubspaceEraser",
+    "TangentBundle",
+    "align_manifolds",
     "bake",
     "capture",
+    "check_manifold",
+    "compare_manifolds",
+    "comparison",
     "evaluate",
     "intervene",
+    "intrinsic_dimension",
     "is_bakeable",
     "load_model",
+    "manifold",
     "recording",
     "report",
     "testbed",

@@ -19,11 +19,7 @@ from manifold_unlearn.arrays import Array, Device, as_rows, keep_kind, restore, 
 from manifold_unlearn.manifold.distances import center_of
 from manifold_unlearn.manifold.ground import GroundMetric, Metric, fit_metric
 from manifold_unlearn.manifold.kernels import FAR_CUTOFF
-from manifold_unlearn.manifold.landmarks import (
-    LandmarkStream,
-    choose_landmarks,
-    farthest_points,
-)
+from manifold_unlearn.manifold.landmarks import LandmarkStream, choose_landmarks
 from manifold_unlearn.manifold.lift import lift
 from manifold_unlearn.manifold.markov import (
     KernelOperator,
@@ -41,8 +37,6 @@ from manifold_unlearn.manifold.strain import (
     clamped_neighbors,
     warn_of_parts,
 )
-
-__all__ = ["DiffusionMap", "farthest_points"]
 
 _BY_COMPONENT = {"eigenvalues", "generator_eigenvalues", "rates", "stationary_deviation"}
 _STREAMED = 2048  # landmarks kept of a stream when none are asked for

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from manifold_unlearn.arrays import row_blocks
-from manifold_unlearn.manifold.kernels import NEAR, least_held, relative_bandwidth_function, support_radius
+from manifold_unlearn.manifold.kernels import (
+    NEAR,
+    least_held,
+    relative_bandwidth_function,
+    support_radius,
+)
 from manifold_unlearn.manifold.markov import LEAST_EIGENVALUE
 from manifold_unlearn.manifold.partition import Index, build_index
 from manifold_unlearn.manifold.radius import Pairs, pairs_within

@@ -122,7 +122,7 @@ class _Sides:
         self, searched: Searched, reach: Tensor, other_reach: Tensor | None, once: bool
     ) -> None:
         self.searched, self.reach, self.other_reach, self.once = searched, reach, other_reach, once
-        self.scaled = searched.asking_scales is not None and searched.known.scales is not None
+        self.scales = (searched.asking_scales, searched.known.scales)
         center = searched.known.frame.center
         self.rows = searched.known.rows - center
         self.squared_rows = squared_norms(self.rows)
@@ -130,8 +130,8 @@ class _Sides:
         self.asking = self.rows if same else searched.asking - center
         self.squared = self.squared_rows if same else squared_norms(self.asking)
         least = float(reach.min())
-        if self.scaled:
-            least *= float(searched.asking_scales.min()) * float(searched.known.scales.min())
+        for scale in self.scales:
+            least *= 1.0 if scale is None else float(scale.min())
         largest = float(
             rounding_error(self.squared).max() + rounding_error(self.squared_rows).max()
         )
@@ -182,7 +182,8 @@ class _Sides:
             others = self.other_reach[columns]
             if float(others.max()) > float(limit.min()):
                 limit = torch.maximum(limit, others)
-        if not self.scaled:
+        first, second = self.scales
+        if first is None or second is None:
             return limit, None
-        product = self.searched.asking_scales[part, None] * self.searched.known.scales[columns]
+        product = first[part, None] * second[columns]
         return limit * product, product

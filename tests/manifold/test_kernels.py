@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from manifold_unlearn.manifold import samples
+from manifold_unlearn.manifold.distances import center_of
 from manifold_unlearn.manifold.kernels import (
     density_normalized,
     fit_support,
@@ -10,7 +11,6 @@ from manifold_unlearn.manifold.kernels import (
     pair_histogram,
     tune_bandwidth,
 )
-from manifold_unlearn.manifold.distances import center_of
 
 
 def centered(points):

@@ -7,12 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manifold_unlearn.manifold import samples, subspaces
-from manifold_unlearn.manifold.subspaces import (
+from manifold_unlearn.comparison import subspaces
+from manifold_unlearn.comparison.subspaces import (
     grassmann_distance,
     principal_angles,
     principal_axes,
 )
+from manifold_unlearn.manifold import samples
 
 
 def rotated_clouds(angles, n_features=20, n_samples=200, seed=0):

@@ -12,17 +12,16 @@ import torch
 from torch import Tensor
 
 from manifold_unlearn.arrays import Array, Device, generator, restore, row_blocks
-from manifold_unlearn.manifold.distances import center_of
-from manifold_unlearn.manifold.hausdorff import both_hausdorff
-from manifold_unlearn.manifold.mmd import all_equal, mmd, two_clouds
-from manifold_unlearn.manifold.similarity import (
+from manifold_unlearn.comparison.hausdorff import both_hausdorff
+from manifold_unlearn.comparison.mmd import all_equal, mmd, two_clouds
+from manifold_unlearn.comparison.similarity import (
     Similarity,
     cka,
     mutual_knn,
     procrustes_distance,
     representational_similarity,
 )
-from manifold_unlearn.manifold.subspaces import (
+from manifold_unlearn.comparison.subspaces import (
     Dimension,
     angles_between,
     geodesic_length,
@@ -30,7 +29,8 @@ from manifold_unlearn.manifold.subspaces import (
     principal_axes,
     principal_bases,
 )
-from manifold_unlearn.manifold.transport import gromov_wasserstein
+from manifold_unlearn.comparison.transport import gromov_wasserstein
+from manifold_unlearn.manifold.distances import center_of
 
 __all__ = ["ManifoldComparison", "compare_manifolds"]
 
@@ -200,7 +200,7 @@ def compare_manifolds(
         Names of the fields wanted.
     dimension : int, pair of int or "auto", default="auto"
         Of the principal subspaces, see
-        :func:`~manifold_unlearn.manifold.subspaces.principal_angles`.
+        :func:`~manifold_unlearn.comparison.subspaces.principal_angles`.
     n_neighbors : int, default=10
         Of the mutual neighbors.
     n_permutations : int, default=200
@@ -235,7 +235,7 @@ def compare_manifolds(
     Examples
     --------
     >>> from manifold_unlearn.manifold import samples
-    >>> from manifold_unlearn.manifold.compare import compare_manifolds
+    >>> from manifold_unlearn.comparison.compare import compare_manifolds
     >>> circle = samples.circle(300, n_features=8, random_state=0).points
     >>> found = compare_manifolds(circle, 2 * circle)
     >>> round(found.cka, 6), round(found.grassmann_distance, 6), found.p_values["mmd"] < 0.01

@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.spatial.distance import directed_hausdorff
 
-from manifold_unlearn.manifold.hausdorff import hausdorff_distance
+from manifold_unlearn.comparison.hausdorff import hausdorff_distance
 
 RNG = np.random.default_rng(0)
 A, B = RNG.standard_normal((300, 6)), RNG.standard_normal((200, 6))

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manifold_unlearn.manifold.mmd import median_squared_distance, mmd
+from manifold_unlearn.comparison.mmd import median_squared_distance, mmd
 
 
 def gaussian_kernel_mean(mean, covariance, bandwidth):

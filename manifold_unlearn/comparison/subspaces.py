@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from manifold_unlearn.arrays import Array, Device, generator, restore
-from manifold_unlearn.manifold.mmd import all_equal, two_clouds
+from manifold_unlearn.comparison.mmd import all_equal, two_clouds
 
 __all__ = ["grassmann_distance", "principal_angles", "principal_axes"]
 

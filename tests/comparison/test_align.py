@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from sklearn.cross_decomposition import CCA
 from sklearn.linear_model import Ridge, RidgeCV
 
+from manifold_unlearn.comparison.align import ManifoldAlignment, align_manifolds
 from manifold_unlearn.manifold import DiffusionMap, samples
-from manifold_unlearn.manifold.align import ManifoldAlignment, align_manifolds
 
 METHODS = ["procrustes", "cca", "alternating_diffusion", "gromov_wasserstein"]
 RNG = np.random.default_rng(0)

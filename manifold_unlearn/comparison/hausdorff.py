@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from manifold_unlearn.arrays import Array, Device
-from manifold_unlearn.manifold.mmd import two_clouds
+from manifold_unlearn.comparison.mmd import two_clouds
 from manifold_unlearn.manifold.neighbors import nearest_neighbors
 
 __all__ = ["Hausdorff", "both_hausdorff", "hausdorff_distance"]

@@ -10,8 +10,8 @@ from scipy.stats import chi2, rankdata
 from torch import Tensor
 
 from manifold_unlearn.arrays import Array, Device, generator, row_blocks
+from manifold_unlearn.comparison.mmd import all_equal, median_squared_distance, two_clouds
 from manifold_unlearn.manifold.distances import center_of, squared_distance_block
-from manifold_unlearn.manifold.mmd import all_equal, median_squared_distance, two_clouds
 from manifold_unlearn.manifold.neighbors import nearest_neighbors
 
 __all__ = [

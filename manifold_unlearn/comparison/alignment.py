@@ -12,8 +12,8 @@ from torch import Tensor
 
 from manifold_unlearn import artifact
 from manifold_unlearn.arrays import Array, as_rows, restore
-from manifold_unlearn.manifold.alternating import Blend, View
-from manifold_unlearn.manifold.linear_maps import Affine
+from manifold_unlearn.comparison.alternating import Blend, View
+from manifold_unlearn.comparison.linear_maps import Affine
 
 __all__ = ["ManifoldAlignment"]
 
@@ -26,7 +26,7 @@ _ROLES = ("forward", "backward", "into_A", "into_B")
 class ManifoldAlignment:
     """A map from the space of A to the space of B.
 
-    As :func:`~manifold_unlearn.manifold.align.align_manifolds` fits it.
+    As :func:`~manifold_unlearn.comparison.align.align_manifolds` fits it.
     """
 
     method: str

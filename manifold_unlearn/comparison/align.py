@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from manifold_unlearn.arrays import Array, Device, generator, restore
-from manifold_unlearn.manifold.alignment import ManifoldAlignment, Stage
-from manifold_unlearn.manifold.alternating import Blend, common_coordinates
-from manifold_unlearn.manifold.linear_maps import Affine, Rigid, canonical, fit_of, rigid
-from manifold_unlearn.manifold.mmd import all_equal, two_clouds
-from manifold_unlearn.manifold.similarity import paired_clouds
-from manifold_unlearn.manifold.transport import gromov_wasserstein
+from manifold_unlearn.comparison.alignment import ManifoldAlignment, Stage
+from manifold_unlearn.comparison.alternating import Blend, common_coordinates
+from manifold_unlearn.comparison.linear_maps import Affine, Rigid, canonical, fit_of, rigid
+from manifold_unlearn.comparison.mmd import all_equal, two_clouds
+from manifold_unlearn.comparison.similarity import paired_clouds
+from manifold_unlearn.comparison.transport import gromov_wasserstein
 
 __all__ = ["ManifoldAlignment", "align_manifolds"]
 
@@ -109,7 +109,7 @@ def align_manifolds(
     Examples
     --------
     >>> from manifold_unlearn.manifold import samples
-    >>> from manifold_unlearn.manifold.align import align_manifolds
+    >>> from manifold_unlearn.comparison.align import align_manifolds
     >>> circle = samples.circle(200, n_features=3, random_state=0).points
     >>> found = align_manifolds(circle, 2 * circle[:, ::-1] + 1)
     >>> round(found.scale, 6), round(found.score, 6)

@@ -8,17 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manifold_unlearn.manifold import compare, samples
-from manifold_unlearn.manifold.compare import ManifoldComparison, compare_manifolds
-from manifold_unlearn.manifold.hausdorff import hausdorff_distance
-from manifold_unlearn.manifold.mmd import mmd
-from manifold_unlearn.manifold.similarity import (
+from manifold_unlearn.comparison import compare
+from manifold_unlearn.comparison.compare import ManifoldComparison, compare_manifolds
+from manifold_unlearn.comparison.hausdorff import hausdorff_distance
+from manifold_unlearn.comparison.mmd import mmd
+from manifold_unlearn.comparison.similarity import (
     cka,
     mutual_knn,
     procrustes_distance,
     representational_similarity,
 )
-from manifold_unlearn.manifold.subspaces import grassmann_distance, principal_angles
+from manifold_unlearn.comparison.subspaces import grassmann_distance, principal_angles
+from manifold_unlearn.manifold import samples
 
 DISTANCES = ["principal_angles", "grassmann_distance", "hausdorff_distance", "hausdorff_quantile"]
 PAIRED = ["cka", "cka_rbf", "mutual_knn", "rsa", "procrustes_distance"]

@@ -3,8 +3,8 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment, linprog
 
+from manifold_unlearn.comparison.transport import gromov_wasserstein, sinkhorn
 from manifold_unlearn.manifold import samples
-from manifold_unlearn.manifold.transport import gromov_wasserstein, sinkhorn
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((60, 4))

@@ -8,7 +8,7 @@ from scipy.spatial.distance import pdist
 from scipy.stats import pearsonr, spearmanr
 from sklearn.neighbors import NearestNeighbors
 
-from manifold_unlearn.manifold.similarity import (
+from manifold_unlearn.comparison.similarity import (
     cka,
     mutual_knn,
     procrustes_distance,
