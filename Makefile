@@ -26,7 +26,7 @@ lint: $(VENV)/lint.installed
 bench: $(VENV)/demo.installed
 	$(BIN)/python experiments/benchmarks/demo.py --preset quick
 	$(BIN)/python experiments/benchmarks/hooks_cost.py --preset quick
-	$(BIN)/python experiments/benchmarks/diffusion_map.py --preset quick
+	$(BIN)/python experiments/benchmarks/manifold.py --preset quick
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

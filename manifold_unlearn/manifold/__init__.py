@@ -1,6 +1,7 @@
 """Geometry on arrays: neighbors, kernels, diffusion maps, geodesics, tangent charts, dimension."""
 
 from manifold_unlearn.manifold import samples
+from manifold_unlearn.manifold.bandwidth import BandwidthCurve, bandwidth_curve
 from manifold_unlearn.manifold.curvature import Curvature
 from manifold_unlearn.manifold.diffusion import DiffusionMap
 from manifold_unlearn.manifold.dimension import (
@@ -39,6 +40,7 @@ from manifold_unlearn.manifold.validity import ManifoldReport, check_manifold
 
 __all__ = [
     "ApproximateNeighbors",
+    "BandwidthCurve",
     "Curvature",
     "DiffusionMap",
     "DimensionEstimate",
@@ -51,6 +53,7 @@ __all__ = [
     "TangentBundle",
     "align_frames",
     "approximate_neighbors",
+    "bandwidth_curve",
     "check_manifold",
     "dimension_profile",
     "drift_operator",

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from manifold_unlearn import artifact
 from manifold_unlearn.arrays import Array, Device, as_rows, keep_kind, restore, validate
+from manifold_unlearn.manifold.bandwidth import FAR_CUTOFF
 from manifold_unlearn.manifold.distances import center_of
 from manifold_unlearn.manifold.ground import GroundMetric, Metric, fit_metric
-from manifold_unlearn.manifold.kernels import FAR_CUTOFF
 from manifold_unlearn.manifold.landmarks import LandmarkStream, choose_landmarks
 from manifold_unlearn.manifold.lift import lift
 from manifold_unlearn.manifold.markov import (
@@ -62,7 +62,7 @@ class DiffusionMap(TransformerMixin, BaseEstimator):
         many: parts that nearly touch are joined.
     bandwidth : "bgh" or float, default="bgh"
         ``eps``, in squared units of the data; ``"bgh"`` finds it, see
-        :func:`~manifold_unlearn.manifold.kernels.tune_bandwidth`.
+        :func:`~manifold_unlearn.manifold.bandwidth.tune_bandwidth`.
     alpha : float, default=1.0
         1: Laplace-Beltrami, whatever the density; 1/2: Fokker-Planck; 0: graph Laplacian.
     variable_bandwidth : bool, default=False

@@ -10,8 +10,8 @@ import scipy.sparse.linalg
 import torch
 
 from manifold_unlearn.arrays import Array, Device, as_rows
+from manifold_unlearn.manifold.bandwidth import CUTOFF, pair_histogram, tune_bandwidth
 from manifold_unlearn.manifold.distances import center_of
-from manifold_unlearn.manifold.kernels import CUTOFF, pair_histogram, tune_bandwidth
 from manifold_unlearn.manifold.partition import build_index
 from manifold_unlearn.manifold.radius import pairs_within
 

@@ -8,14 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from manifold_unlearn.manifold.kernels import (
-    FAR_CUTOFF,
-    Bandwidth,
-    KernelGraph,
-    PairHistogram,
-    support_radius,
-    symmetric_kernel,
-)
+from manifold_unlearn.manifold.bandwidth import FAR_CUTOFF, Bandwidth, PairHistogram
+from manifold_unlearn.manifold.kernels import KernelGraph, support_radius, symmetric_kernel
 from manifold_unlearn.manifold.neighbors import NeighborMethod, approximate_neighbors
 
 _MOST = 4  # times n_neighbors: the longest lists of neighbors searched

@@ -9,16 +9,18 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
+from manifold_unlearn.manifold.bandwidth import (
+    Bandwidth,
+    fit_support,
+    pair_histogram,
+    tune_bandwidth,
+)
 from manifold_unlearn.manifold.kernels import (
     NEAR,
-    Bandwidth,
     KernelGraph,
     density_normalized,
-    fit_support,
     kernel_graph,
-    pair_histogram,
     relative_bandwidth_function,
-    tune_bandwidth,
     two_sided,
 )
 from manifold_unlearn.manifold.knn_graph import approximate_graph

@@ -3,14 +3,9 @@ import pytest
 import torch
 
 from manifold_unlearn.manifold import samples
+from manifold_unlearn.manifold.bandwidth import fit_support, pair_histogram, tune_bandwidth
 from manifold_unlearn.manifold.distances import center_of
-from manifold_unlearn.manifold.kernels import (
-    density_normalized,
-    fit_support,
-    kernel_graph,
-    pair_histogram,
-    tune_bandwidth,
-)
+from manifold_unlearn.manifold.kernels import density_normalized, kernel_graph
 
 
 def centered(points):
