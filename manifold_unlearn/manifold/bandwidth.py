@@ -29,6 +29,7 @@ _BIN_BITS = 4  # of the mantissa: 16 bins an octave
 _GRID_PER_OCTAVE = 4
 _OCTAVES = 90  # of squared distances told apart, below the largest
 _FLAT = 1.08  # a plateau's largest over smallest dimension, the sampling error apart
+_ALIKE = 1.15  # and how far the third cumulant may vary along a plateau of the variance
 _LEVEL = 0.04  # how far its ends may leave its median, the sampling error apart
 _MARGIN = 2.0  # bandwidths are kept so far below the plateau's end, where other sheets come near
 _NOISY = 0.1  # squared noise, over 4 * bandwidth, from which it is taken off the distances
@@ -193,9 +194,9 @@ def tune_bandwidth(
     Noise adds a constant to all squared distances and so lifts the mean, but not the *variance*
     of ``u``, which is half the dimension too: u is Gamma distributed. The plateau is therefore
     sought in the variance, and the difference of the two is the noise. Strong noise spreads
-    squared distances as well: where the variance has no plateau, half the third cumulant, which
-    a normal spread does not change, is searched. Of the plateau the
-    bandwidth is taken at which the kernel sum of all but the sparsest 5 % of rows reaches
+    squared distances as well: where the variance has no plateau, or one along which half the third
+    cumulant is another number and that has a plateau of its own below, the third cumulant is
+    searched, which a normal spread does not change. Of the plateau the bandwidth is taken at which the kernel sum of all but the sparsest 5 % of rows reaches
     ``n_neighbors / 4`` (on a curve times sqrt 2; less below 160 samples), what noise takes off
     not counted; but none in the plateau's last octave, where other parts of the manifold come near.
 
@@ -221,12 +222,13 @@ def tune_bandwidth(
     trusted = effective >= min(_TRUSTED, total.sum() / 20)
     error = n_samples**-0.5
     first, last = _longest_plateau(np.where(trusted, variance, np.nan), error)
-    half = variance
-    if last - first < _LEAST_PLATEAU * _GRID_PER_OCTAVE:
-        third = total @ (weights * u**3) / (total @ weights + 1e-300)
-        third = third - 3 * mean * variance - mean**3
-        half = np.where(effective >= _TRUSTED_THIRD, third / 2, np.nan)
-        first, last = _longest_plateau(half, error)
+    half, long = variance, _LEAST_PLATEAU * _GRID_PER_OCTAVE
+    third = total @ (weights * u**3) / (total @ weights + 1e-300) - 3 * mean * variance - mean**3
+    third = np.where(effective >= _TRUSTED_THIRD, third / 2, np.nan)
+    other = _longest_plateau(third, error)
+    apart = other[1] < first and other[1] - other[0] >= long
+    if last - first < long or (apart and not _alike(third[first : last + 1], error)):
+        half, (first, last) = third, other
     found = last - first >= _LEAST_PLATEAU * _GRID_PER_OCTAVE
     height = float(np.median(half[first : last + 1]) if found else variance[trusted].max())
     noise = float(np.median((4 * grid * (mean - variance))[first : last + 1])) if found else 0.0
@@ -256,6 +258,11 @@ def tune_bandwidth(
         float(np.clip(cutoff, CUTOFF + shift, FAR_CUTOFF + shift)),
         offset,
     )
+
+
+def _alike(values: np.ndarray, error: float) -> bool:
+    """Whether the values along a plateau are nearly one."""
+    return bool(np.isfinite(values).all() and values.max() <= (_ALIKE + 2 * error) * values.min())
 
 
 def _longest_plateau(values: np.ndarray, error: float) -> tuple[int, int]:

@@ -46,8 +46,9 @@ def test_noise_is_recognized_and_does_not_take_the_bandwidth():
     assert noisy.bandwidth > 5 * noisy.squared_noise
 
 
-def test_strong_noise_that_spreads_distances_leaves_the_dimension():
-    sample = samples.swiss_roll(3000, n_features=768, noise=0.1, random_state=3)
+@pytest.mark.parametrize(("n_samples", "seed"), [(3000, 3), (2000, 1), (2000, 3)])
+def test_strong_noise_that_spreads_distances_leaves_the_dimension(n_samples, seed):
+    sample = samples.swiss_roll(n_samples, n_features=768, noise=0.1, random_state=seed)
     found = tuned(sample.points)
     assert found.intrinsic_dimension == pytest.approx(2, abs=0.3)
     assert found.squared_noise == pytest.approx(2 * 768 * 0.01, rel=0.1)
