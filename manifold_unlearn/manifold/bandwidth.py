@@ -194,11 +194,12 @@ def tune_bandwidth(
     Noise adds a constant to all squared distances and so lifts the mean, but not the *variance*
     of ``u``, which is half the dimension too: u is Gamma distributed. The plateau is therefore
     sought in the variance, and the difference of the two is the noise. Strong noise spreads
-    squared distances as well: where the variance has no plateau, or one along which half the third
-    cumulant is another number and that has a plateau of its own below, the third cumulant is
-    searched, which a normal spread does not change. Of the plateau the bandwidth is taken at which the kernel sum of all but the sparsest 5 % of rows reaches
-    ``n_neighbors / 4`` (on a curve times sqrt 2; less below 160 samples), what noise takes off
-    not counted; but none in the plateau's last octave, where other parts of the manifold come near.
+    squared distances as well: where the variance has no plateau, or one along which half the
+    third cumulant is another number and that has a plateau of its own below, the third cumulant is
+    searched, which a normal spread does not change. Of the plateau the bandwidth is taken at which
+    the kernel sum of all but the sparsest 5 % of rows reaches ``n_neighbors / 4`` (on a curve times
+    sqrt 2; less below 160 samples), what noise takes off not counted; but none in the plateau's
+    last octave, where other parts of the manifold come near.
 
     Parameters
     ----------
