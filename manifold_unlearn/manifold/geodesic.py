@@ -14,7 +14,15 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from manifold_unlearn import artifact
-from manifold_unlearn.arrays import Array, Device, as_rows, restore, row_blocks, validate
+from manifold_unlearn.arrays import (
+    Array,
+    Device,
+    as_rows,
+    keep_kind,
+    restore,
+    row_blocks,
+    validate,
+)
 from manifold_unlearn.manifold.graph_entry import Entry, at_rows, chords, enter, through
 from manifold_unlearn.manifold.graph_geodesics import (
     Graph,
@@ -389,14 +397,7 @@ class GeodesicMap(TransformerMixin, BaseEstimator):
     def _to_kind(self, X: Array) -> None:
         """Fitted arrays become of the kind of ``X``; parts are told of rows."""
         self.component_ = self.component_[self.node_]
-        for name, value in vars(self).items():
-            if not name.endswith("_") or not isinstance(value, np.ndarray | Tensor):
-                continue
-            if isinstance(X, Tensor):
-                setattr(self, name, torch.as_tensor(value, device=X.device).contiguous())
-            else:
-                value = value.cpu().numpy() if isinstance(value, Tensor) else value
-                setattr(self, name, np.ascontiguousarray(value))
+        keep_kind(self, X)
 
     def _tensor(self, values: Any, like: Tensor) -> Tensor:
         return torch.as_tensor(values, device=like.device)

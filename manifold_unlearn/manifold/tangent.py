@@ -14,7 +14,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from manifold_unlearn import artifact
-from manifold_unlearn.arrays import Array, Device, restore, row_blocks, validate
+from manifold_unlearn.arrays import Array, Device, keep_kind, restore, row_blocks, validate
 from manifold_unlearn.manifold.charts import (
     Charts,
     chart_order,
@@ -189,13 +189,9 @@ class TangentBundle(TransformerMixin, BaseEstimator):
         self.dimension_, self.dimension_gap_ = dimension, float(np.exp(min(found.gap, 50.0)))
         self.n_neighbors_, self.noise_ = n_neighbors, noise
         self.order_ = chart_order(dimension, n_neighbors)
-        for name, value in {
-            "local_dimension_": local[owner],
-            "landmark_indices_": at,
-            "landmarks_": landmarks,
-        }.items():
-            kept = value.to(X.device) if isinstance(X, Tensor) else value.cpu().numpy()
-            setattr(self, name, kept)
+        self.local_dimension_ = local[owner]
+        self.landmark_indices_, self.landmarks_ = at, landmarks
+        keep_kind(self, X)
         return self
 
     def project(self, X: Array) -> Any:
