@@ -63,8 +63,9 @@ def exact_neighbors(
     certain = torch.empty(len(A), dtype=torch.bool, device=A.device)
     flat = first_pass is not None or _visited(searched, k) > _FLAT
     parts = row_blocks(len(A), _FLAT_ROWS) if flat else map(slice, starts[:-1], starts[1:])
+    centered = index.rows - index.frame.center if flat else None
     for leaf, part in enumerate(parts):
-        search = _LeafSearch(searched, part, k, own=B is None, flat=flat, first_pass=first_pass)
+        search = _LeafSearch(searched, part, k, B is None, centered, first_pass)
         if flat:
             for columns in row_blocks(len(index.rows), block_columns):
                 search.look_at(columns)
@@ -115,19 +116,20 @@ class _LeafSearch:
         searched: Searched,
         part: slice,
         k: int,
-        *,
         own: bool,
-        flat: bool,
+        others: Tensor | None,
         first_pass: torch.dtype | None,
     ) -> None:
-        self.known, self.k, self.first_pass = searched.known, k, first_pass
+        self.known, self.k, self.first_pass, self.others = searched.known, k, first_pass, others
         self.queries, self.scales = searched.asking[part], searched.asking_scales
         if self.scales is not None:
             self.scales = self.scales[part]
         self.own = torch.arange(part.start, part.stop, device=self.queries.device) if own else None
-        self.center = searched.known.frame.center if flat else self.queries.mean(0, keepdim=True)
+        center = searched.known.frame.center
+        self.center = self.queries.mean(0, keepdim=True) if others is None else center
         self.centered = self.queries - self.center
         self.squared = squared_norms(self.centered)
+        self.scaled = self.scales is not None and searched.known.scales is not None
         self.available = len(self.known.rows) - own
         self.kept = min(k + _SPARE if first_pass is None else 2 * k + _SPARE, self.available)
         self.best = self.centered.new_empty(len(self.queries), 0)
@@ -161,8 +163,10 @@ class _LeafSearch:
 
     def look_at(self, columns: Tensor | slice) -> None:
         """Keep the best of the candidates kept and the rows at ``columns``, ascending."""
-        other = self.known.rows[columns] - self.center
-        block = self._distances(other, columns)
+        if self.others is None:
+            block = self._distances(self.known.rows[columns] - self.center, columns)
+        else:
+            block = self._distances(self.others[columns], columns)
         first = columns.start if isinstance(columns, slice) else 0
         numbers = None if isinstance(columns, slice) else columns
         if self.own is not None:
@@ -175,6 +179,8 @@ class _LeafSearch:
             rows = inside.nonzero()[:, 0]
             block[rows, place[rows]] = float("inf")
         values, at = _smallest(block, self.kept)
+        if not self.scaled:
+            values += self.squared[:, None]
         at = at + first if numbers is None else numbers[at]
         best, at = torch.cat([self.best, values], 1), torch.cat([self.at, at], 1)
         if best.shape[1] > self.kept:
@@ -183,13 +189,14 @@ class _LeafSearch:
         self.best, self.at = best, at
 
     def _distances(self, other: Tensor, columns: Tensor | slice) -> Tensor:
-        squared = squared_norms(other)
-        if self.first_pass is None:
-            block = squared_distance_block(self.centered, other, self.squared, squared)
+        """Squared distances; without scales less the squared norm of the row that asks."""
+        squared, dtype = squared_norms(other), self.first_pass or other.dtype
+        if dtype == other.dtype:
+            block = torch.addmm(squared[None, :], self.centered, other.T, alpha=-2)
         else:
-            product = self.centered.to(self.first_pass) @ other.to(self.first_pass).T
-            block = (self.squared[:, None] + squared).sub_(product, alpha=2)
+            block = squared - 2 * (self.centered.to(dtype) @ other.to(dtype).T).to(other.dtype)
         if self.scales is not None and self.known.scales is not None:
+            block += self.squared[:, None]
             block /= self.scales[:, None] * self.known.scales[columns]
         return block
 
