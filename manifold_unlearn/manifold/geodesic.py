@@ -14,15 +14,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from manifold_unlearn import artifact
-from manifold_unlearn.arrays import (
-    Array,
-    Device,
-    as_rows,
-    keep_kind,
-    restore,
-    row_blocks,
-    validate,
-)
+from manifold_unlearn.arrays import Array, Device, as_rows, keep_kind, restore, row_blocks, validate
 from manifold_unlearn.manifold.graph_entry import Entry, at_rows, chords, enter, through
 from manifold_unlearn.manifold.graph_geodesics import (
     Graph,
