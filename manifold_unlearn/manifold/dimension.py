@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from manifold_unlearn.arrays import Array, Device, as_rows, restore
+from manifold_unlearn.manifold.bandwidth import pair_histogram, tune_bandwidth
 from manifold_unlearn.manifold.dimension_estimators import (
     Estimate,
     gride,
@@ -20,7 +21,6 @@ from manifold_unlearn.manifold.dimension_estimators import (
     takens,
 )
 from manifold_unlearn.manifold.distances import center_of
-from manifold_unlearn.manifold.kernels import pair_histogram, tune_bandwidth
 from manifold_unlearn.manifold.pair_law import PairLaw, dimension_of_pairs, pair_counts
 from manifold_unlearn.manifold.search import exact_neighbors
 
