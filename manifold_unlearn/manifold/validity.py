@@ -25,6 +25,7 @@ _LEAST = 40
 _METHODS: tuple[DimensionMethod, ...] = ("two_nn", "bgh")  # noise lifts the first
 _GRAPH_NEIGHBORS = 10
 _MARGIN = 0.8  # of a null's median misfit: less than a fifth better is no curvature worth the name
+_FLAT = 0.1  # part of the variance beyond the chart that Gaussians tiling a manifold may have
 _EXPLAINED = 0.9  # of the variance, by as many directions as the dimension: linear
 _MIXED = 8  # leading directions in which a mixture is fitted
 _MOST_CLUSTERS = 6
@@ -130,9 +131,10 @@ def check_manifold(
     tighter, so the ratio is judged by Monte Carlo draws, ``p = (1 + #as small) / (1 + n_null)``,
     from (a) a Gaussian of equal covariance, (b) the principal components, each permuted over the
     rows: a linear subspace of equal covariance and marginals; and, if both reject, (c) a mixture of
-    up to 6 Gaussians chosen by BIC, since clusters too are tighter locally. The verdict is
-    ``"manifold"`` if all reject at ``level`` and the ratio is below 0.8 times the median of (a)
-    and of (b).
+    up to 6 Gaussians chosen by BIC, since clusters too are tighter locally; flat Gaussians in one
+    connected piece are charts of a manifold and do not speak against it. The verdict is
+    ``"manifold"`` if (a) and (b) reject at ``level`` and the ratio is below 0.8 times the median
+    of both, and (c) rejects or tiles.
     Else ``"clusters"`` if only the mixture explains the data, ``"linear"`` if the principal
     subspace, of at most three quarters of the directions, holds 90 % of the variance,
     ``"no structure"`` otherwise. A union of separated curved manifolds is a manifold of several
@@ -201,9 +203,10 @@ def check_manifold(
     curved = rank > 1 and max(p_gaussian, p_linear) <= level and low and also_low
     clusters = False
     if curved:
-        null, n_clusters = _mixture(scores, random)
+        null, n_clusters, flat = _mixture(scores, k, random)
         p_mixture, _ = _p_value(observed, null, k, n_null, random, place)
-        clusters = p_mixture > level
+        tiles = flat and n_parts == 1
+        clusters = p_mixture > level and not tiles
         curved = not clusters
     if not curved:
         estimated = nearest
@@ -300,8 +303,12 @@ def _permuted(scores: np.ndarray) -> Null:
     return lambda random: random.permuted(scores, axis=0)
 
 
-def _mixture(scores: np.ndarray, random: np.random.Generator) -> tuple[Null, int]:
-    """Mixture of Gaussians in the leading directions; the rest are Gaussian."""
+def _mixture(scores: np.ndarray, k: int, random: np.random.Generator) -> tuple[Null, int, bool]:
+    """Mixture of Gaussians in the leading directions; the rest are Gaussian.
+
+    Also how many Gaussians, and whether they are flat: of little variance beyond their first ``k``
+    directions beside that of all rows.
+    """
     head = scores[:, :_MIXED]
     n_most = min(_MOST_CLUSTERS, len(head) // (4 * head.shape[1]))
     seed = int(random.integers(2**31 - 1))
@@ -323,7 +330,10 @@ def _mixture(scores: np.ndarray, random: np.random.Generator) -> tuple[Null, int
         rest = random.standard_normal((len(scores), len(scale))) * scale
         return np.concatenate([drawn, rest], axis=1)
 
-    return draw, len(best.weights_)
+    spectra = np.linalg.eigvalsh(best.covariances_)[:, : max(0, head.shape[1] - k)]
+    beyond = np.linalg.eigvalsh(np.cov(head.T).reshape(head.shape[1], -1))
+    flat = best.weights_ @ spectra.sum(1) <= _FLAT * beyond[: max(0, head.shape[1] - k)].sum()
+    return draw, len(best.weights_), bool(flat)
 
 
 def _graph(scores: np.ndarray) -> tuple[int, float, float]:

@@ -28,17 +28,35 @@ def test_curved_manifolds_are_accepted(name):
     report = check_manifold(CURVED[name](600), n_null=19)
     assert report.is_manifold
     assert report.verdict == "manifold"
-    assert max(report.p_gaussian, report.p_linear, report.p_mixture) <= 0.05
+    assert max(report.p_gaussian, report.p_linear) <= 0.05
     assert report.misfit_ratio < 0.5
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_gaussian_and_linear_data_are_rejected_at_the_level_stated(name):
     reports = [check_manifold(PLAIN[name](s), n_null=19, random_state=s) for s in range(12)]
-    assert not any(report.is_manifold for report in reports)
+    assert sum(report.is_manifold for report in reports) <= 1  # at level .05, of 12
     assert sum(report.p_gaussian <= 0.05 for report in reports) <= 3
     assert sum(report.p_linear <= 0.05 for report in reports) <= 3
     assert np.mean([report.p_gaussian for report in reports]) > 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_level_holds_over_a_hundred_seeds(name):
+    seeds = range(100, 200)
+    reports = [check_manifold(PLAIN[name](s), n_null=19, random_state=s) for s in seeds]
+    assert np.mean([report.is_manifold for report in reports]) <= 0.08
+    assert np.mean([report.p_gaussian <= 0.05 for report in reports]) <= 0.12
+    assert np.mean([report.p_linear <= 0.05 for report in reports]) <= 0.12
+
+
+@pytest.mark.parametrize("spread", [4.0, 1.0])
+def test_overlapping_clusters_are_no_manifold(spread):
+    random = RANDOM(0)
+    centers = spread * random.standard_normal((5, 6))
+    X = centers[random.integers(5, size=400)] + random.standard_normal((400, 6))
+    assert not check_manifold(X, n_null=19).is_manifold
 
 
 def test_clusters_are_no_manifold():
