@@ -30,6 +30,7 @@ _DEFAULT_NEIGHBORS = {
     "two_nn": 20, "mle": 20, "gride": 16, "local_pca": 32, "correlation": 20, "bgh": 64,
 }  # fmt: skip
 _CORRECTED = ("two_nn", "mle", "gride", "correlation")
+_NOISY = 0.15  # squared noise, over the squared distance to the second neighbor, that rules
 _LEAST = 5
 _GROUPS = 10
 
@@ -130,7 +131,9 @@ def estimate_dimension(
     of density already bend the growth of volume: 10 dimensions from 2,000 points come out as 9.3.
     ``correction=True`` replaces the estimate by the dimension at zero scale that the law of all
     pair distances gives, where that agrees with the near neighbors; see
-    :func:`~manifold_unlearn.manifold.pair_law.dimension_of_pairs`. ``False``: as published.
+    :func:`~manifold_unlearn.manifold.pair_law.dimension_of_pairs`. Near neighbors read the
+    dimension of noise: where the noise that the kernel sum shows is above 15 % of the squared
+    distance to the second neighbor, the value is that of ``"bgh"``. ``False``: as published.
 
     Rows that are equal count once.
 
@@ -189,8 +192,11 @@ def estimate_dimension(
         order = 1 if method == "two_nn" else max(1, k // 2)
         found, used = gride(distances, order, k), 2 * order
     value, error = found.value, found.standard_error
-    if correction and method in _CORRECTED and (law := _corrected(rows, distances)) is not None:
-        value, error, pair_fraction = law.dimension, law.standard_error, law.fraction
+    if correction and method in _CORRECTED:
+        if (above_noise := _above_noise(rows, distances)) is not None:
+            value, error = above_noise.value, above_noise.standard_error
+        elif (law := _corrected(rows, distances)) is not None:
+            value, error, pair_fraction = law.dimension, law.standard_error, law.fraction
     return DimensionEstimate(
         value=value,
         standard_error=error,
@@ -245,6 +251,16 @@ def dimension_profile(
 def _corrected(rows: Tensor, distances: np.ndarray) -> PairLaw | None:
     nearest = gride(distances, 1, distances.shape[1])
     return dimension_of_pairs(pair_counts(rows), (nearest.value, nearest.standard_error))
+
+
+def _above_noise(rows: Tensor, distances: np.ndarray) -> Estimate | None:
+    """The plateau of the kernel sum, where noise makes up the nearest distances."""
+    histogram = pair_histogram(rows)
+    tuned = tune_bandwidth(histogram, n_neighbors=_DEFAULT_NEIGHBORS["bgh"])
+    noisy = tuned.squared_noise > _NOISY * float(np.median(distances[:, 1]))
+    if not (noisy and tuned.plateau[1] > tuned.plateau[0]):
+        return None
+    return _kernel_plateau(rows, distances, min(_DEFAULT_NEIGHBORS["bgh"], len(rows) - 1))
 
 
 def _kernel_plateau(rows: Tensor, distances: np.ndarray, k: int) -> Estimate:

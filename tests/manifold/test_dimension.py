@@ -168,3 +168,28 @@ def test_signature_is_the_contract():
     parameters = inspect.signature(intrinsic_dimension).parameters
     assert list(parameters)[:2] == ["X", "method"]
     assert parameters["method"].default == "two_nn"
+
+
+NOISY = {
+    "sphere": (
+        lambda noise, s: samples.sphere(2000, n_features=128, noise=noise, random_state=s),
+        2,
+    ),
+    "circle": (
+        lambda noise, s: samples.circle(2000, n_features=64, noise=noise, random_state=s),
+        1,
+    ),
+    "roll": (
+        lambda noise, s: samples.swiss_roll(2000, n_features=128, noise=10 * noise, random_state=s),
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("noise", [0.003, 0.01])
+@pytest.mark.parametrize("name", NOISY)
+def test_slight_noise_in_many_directions_does_not_become_the_dimension(name, noise):
+    make, dimension = NOISY[name]
+    X = make(noise, 1).points
+    assert intrinsic_dimension(X) == pytest.approx(dimension, abs=0.2)
+    assert intrinsic_dimension(X, correction=False) > dimension + 0.5
