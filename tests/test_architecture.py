@@ -18,6 +18,7 @@ LAYERS = [
     {"demo"},
     {"pipeline"},
     {"report"},
+    {"attack"},
     {"evaluate"},
     {"finetune", "circuit"},
     {"erase", "steer", "dictionary"},
@@ -30,7 +31,15 @@ ALLOWED = {("testbed", "activations")}
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 
 LANGUAGE_MODELS = {"transformers", "tokenizers", "huggingface_hub"}
-MEET_TRANSFORMERS = {"activations", "intervene", "finetune", "circuit", "evaluate", "testbed"}
+MEET_TRANSFORMERS = {
+    "activations",
+    "attack",
+    "circuit",
+    "evaluate",
+    "finetune",
+    "intervene",
+    "testbed",
+}
 ON_TOP = {"numpy", "safetensors", "scipy", "sklearn", "torch", "tqdm"}
 """What a module may import when it is imported; all else waits in the function that needs it."""
 FORBIDDEN = {"pickle", "joblib", "dill", "cloudpickle", "shelve", "marshal", "torchvision"}

@@ -23,7 +23,6 @@ from manifold_unlearn.comparison.similarity import (
 )
 from manifold_unlearn.comparison.subspaces import (
     Dimension,
-    angles_between,
     geodesic_length,
     leading_directions,
     principal_axes,
@@ -31,6 +30,7 @@ from manifold_unlearn.comparison.subspaces import (
 )
 from manifold_unlearn.comparison.transport import gromov_wasserstein
 from manifold_unlearn.manifold.distances import center_of
+from manifold_unlearn.manifold.grassmann import angles_between
 
 __all__ = ["ManifoldComparison", "compare_manifolds"]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from manifold_unlearn.arrays import Array, Device, generator, restore
 from manifold_unlearn.comparison.mmd import all_equal, two_clouds
+from manifold_unlearn.manifold.grassmann import angles_between
 
 __all__ = ["grassmann_distance", "principal_angles", "principal_axes"]
 
@@ -108,16 +109,6 @@ def _leading(X: Tensor, random_state: Any) -> tuple[Tensor, Tensor]:
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     count = int((values > _RELATIVE_RANK * values[0]).sum())
     return values[:count], torch.linalg.qr(X.T @ vectors[:, :count]).Q
-
-
-def angles_between(first: Tensor, second: Tensor) -> Tensor:
-    """Principal angles, ascending, of two orthonormal bases; small ones from their sines."""
-    if first.shape[1] < second.shape[1]:
-        first, second = second, first
-    product = first.T @ second
-    cosines = torch.linalg.svdvals(product).clamp(0, 1)
-    sines = torch.linalg.svdvals(second - first @ product).clamp(0, 1).flip(0)
-    return torch.where(cosines.square() > 0.5, sines.arcsin(), cosines.arccos())
 
 
 def principal_angles(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from manifold_unlearn.arrays import Array, Device, as_rows, restore
-from manifold_unlearn.manifold.bandwidth import pair_histogram, tune_bandwidth
+from manifold_unlearn.manifold.bandwidth import PairHistogram, pair_histogram, tune_bandwidth
 from manifold_unlearn.manifold.dimension_estimators import (
     Estimate,
     gride,
@@ -180,7 +180,7 @@ def estimate_dimension(
         found = largest_gap(local_spectra(rows, indices))
         used = k
     elif method == "bgh":
-        found, used = _kernel_plateau(rows, distances, k), k
+        found, used = _kernel_plateau(pair_histogram(rows), distances, k), k
     elif method == "correlation":
         pairs = pair_counts(rows)
         found = takens(pairs.values, pairs.counts, k / (len(rows) - 1))
@@ -260,12 +260,11 @@ def _above_noise(rows: Tensor, distances: np.ndarray) -> Estimate | None:
     noisy = tuned.squared_noise > _NOISY * float(np.median(distances[:, 1]))
     if not (noisy and tuned.plateau[1] > tuned.plateau[0]):
         return None
-    return _kernel_plateau(rows, distances, min(_DEFAULT_NEIGHBORS["bgh"], len(rows) - 1))
+    return _kernel_plateau(histogram, distances, min(_DEFAULT_NEIGHBORS["bgh"], len(rows) - 1))
 
 
-def _kernel_plateau(rows: Tensor, distances: np.ndarray, k: int) -> Estimate:
+def _kernel_plateau(histogram: PairHistogram, distances: np.ndarray, k: int) -> Estimate:
     """Twice the plateau's height; error by leaving out every tenth of the rows."""
-    histogram = pair_histogram(rows)
     value = tune_bandwidth(histogram, n_neighbors=k).intrinsic_dimension
     group = np.arange(len(histogram.counts)) % _GROUPS
     parts = [

@@ -46,7 +46,7 @@ def subspace_angles(A: Array, B: Array) -> Any:
     Math. Comp. 27.
     """
     first, second = _pair(A, B)
-    return restore(_angles(first, second), A)
+    return restore(angles_between(first, second), A)
 
 
 def subspace_distance(A: Array, B: Array) -> Any:
@@ -68,7 +68,7 @@ def subspace_distance(A: Array, B: Array) -> Any:
         As :func:`subspace_angles`, and for subspaces of different dimensions.
     """
     first, second = _pair(A, B, alike=True)
-    return restore(_angles(first, second).norm(dim=-1), A)
+    return restore(angles_between(first, second).norm(dim=-1), A)
 
 
 def subspace_path(A: Array, B: Array, times: Array) -> Any:
@@ -95,7 +95,7 @@ def subspace_path(A: Array, B: Array, times: Array) -> Any:
     if first.ndim != 2:
         raise ValueError(f"A has shape {tuple(first.shape)}; expected (d, k), one subspace.")
     at = torch.as_tensor(times, dtype=torch.float64, device=first.device).reshape(-1)
-    largest = float(_angles(first, second)[-1])
+    largest = float(angles_between(first, second)[-1])
     if largest > math.pi / 2 - _RIGHT_ANGLE:
         raise ValueError(
             "the subspaces meet at a right angle: no shortest geodesic is unique. "
@@ -289,7 +289,8 @@ def _pair(A: Array, B: Array, *, alike: bool = False) -> tuple[Tensor, Tensor]:
     return _orthonormal(first, "A"), _orthonormal(second, "B")
 
 
-def _angles(first: Tensor, second: Tensor) -> Tensor:
+def angles_between(first: Tensor, second: Tensor) -> Tensor:
+    """Principal angles ``(..., k)``, ascending, of orthonormal bases ``(..., d, k or more)``."""
     if first.shape[-1] < second.shape[-1]:
         first, second = second, first
     product = first.mT @ second

@@ -72,7 +72,7 @@ def nearest_neighbors(
     Y: Array | None = None,
     *,
     neighbors: NeighborMethod = "auto",
-    block_columns: int = 8192,
+    block_columns: int = 16384,
     rows_per_leaf: int | None = None,
     device: Device = "auto",
     random_state: Any = None,
@@ -80,8 +80,9 @@ def nearest_neighbors(
     """The k nearest neighbors of the rows of ``X`` among the rows of ``Y``.
 
     The exact search multiplies blocks of rows and keeps a running selection, so memory is
-    ``O(n * k + block)``; rows sorted into boxes too far away are left out. Distances of the
-    neighbors found are computed from differences, whatever the search: duplicates are at exactly 0.
+    ``O(n * k + block)``; rows sorted into boxes too far away are left out. Wherever rounding could
+    change the order of two neighbors, or a squared distance by 1e-5 of itself, distances are
+    computed from differences: duplicates are at exactly 0.
 
     Parameters
     ----------
@@ -142,7 +143,7 @@ def approximate_neighbors(
     ApproximateNeighbors
     """
     A, B = _checked(X, k, Y, neighbors, device)
-    found, method = _search(A, B, k, neighbors, 8192, None, random_state)
+    found, method = _search(A, B, k, neighbors, 16384, None, random_state)
     recall = 1.0 if method == "exact" else estimated_recall(A, B, found)
     kind = Neighbors(restore(found.squared_distances, X), restore(found.indices, X))
     return ApproximateNeighbors(kind, method, recall)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
-import scipy.sparse
 import torch
 from torch import Tensor
 
@@ -16,13 +16,13 @@ from manifold_unlearn.manifold.kernels import (
     support_radius,
 )
 from manifold_unlearn.manifold.markov import LEAST_EIGENVALUE
-from manifold_unlearn.manifold.partition import Index, build_index
-from manifold_unlearn.manifold.radius import Pairs, pairs_within
+from manifold_unlearn.manifold.partition import Index, build_index, taken
+from manifold_unlearn.manifold.radius import blocks_within
 from manifold_unlearn.manifold.search import exact_neighbors
-from manifold_unlearn.manifold.twogrid import Product
 
-_ROWS = 2**16
-"""Rows extended together: their pairs with fitted rows are held at once."""
+_ROWS = 2**16  # extended together
+_COLUMNS = 16  # a product with any other number of columns takes four times as long
+_LEAST_WEIGHT = 1e-12  # over the largest: beyond, sums are made in double precision
 
 
 class FittedOperator(NamedTuple):
@@ -96,47 +96,51 @@ def _extend_rows(queries: Tensor, index: Index, fitted: FittedOperator) -> tuple
         near, _ = exact_neighbors(queries, index._replace(scales=None), min(NEAR + 1, n_landmarks))
         own, _ = relative_bandwidth_function(near, fitted.intrinsic_dimension, fitted.typical_scale)
     reach = queries.new_full((len(queries),), base)
-    pairs = pairs_within(queries, index, reach, fitted.squared_support, scale_Q=own)
-    inside = pairs.rows[pairs.squared_distances <= base]
-    held = torch.bincount(inside, minlength=len(queries))
-    least = least_held(fitted.n_neighbors, n_landmarks)
-    few = (held < least).nonzero()[:, 0]
+    sums, held = _kernel_sums(queries, index, fitted, reach, torch.zeros_like(reach), own)
+    few = (held < least_held(fitted.n_neighbors, n_landmarks)).nonzero()[:, 0]
     n_far = 0
     if len(few):
         scale = None if own is None else own[few]
         k = min(fitted.n_neighbors, n_landmarks)
         near, _ = exact_neighbors(queries[few], index, k, scale_A=scale)
-        n_far = int((near[:, 0] > far).sum())
+        nearest = near[:, 0]
+        n_far = int((nearest > far).sum())
         reach = support_radius(near, base, far)
-        reach = torch.where(near[:, 0] > base, torch.maximum(reach, near[:, 0] + base), reach)
-        wide = pairs_within(queries[few], index, reach, fitted.squared_support, scale_Q=scale)
-        keep = (held >= least)[pairs.rows]
-        pairs = Pairs(
-            torch.cat([pairs.rows[keep], few[wide.rows]]),
-            torch.cat([pairs.columns[keep], wide.columns]),
-            torch.cat([pairs.squared_distances[keep], wide.squared_distances]),
-        )
-    squared = (pairs.squared_distances.double() - fitted.offset).clamp_min_(0)
-    nearest = squared.new_full((len(queries),), float("inf"))
-    nearest.scatter_reduce_(0, pairs.rows, squared, "amin")
-    weights = torch.exp((nearest[pairs.rows] - squared) / width)
-    weights *= fitted.weights[pairs.columns]
-    kernel = _product(pairs, weights, (len(queries), n_landmarks))
-    sums = kernel(torch.ones_like(fitted.eigenfunctions[:, :1]))
-    squared_own = torch.ones_like(nearest) if own is None else own.double() ** 2
+        reach = torch.where(nearest > base, torch.maximum(reach, nearest + base), reach)
+        start = (nearest - fitted.offset).clamp_min(0)
+        sums[few] = _kernel_sums(queries[few], index, fitted, reach, start, scale)[0]
+    squared_own = torch.ones_like(sums[:, 0]) if own is None else own.double() ** 2
     eigenvalues = 1 - fitted.rates * squared_own[:, None]
     eigenvalues = torch.where(eigenvalues.abs() < LEAST_EIGENVALUE, LEAST_EIGENVALUE, eigenvalues)
-    return kernel(fitted.eigenfunctions) / sums / eigenvalues, n_far
+    return sums[:, 1:] / sums[:, :1] / eigenvalues, n_far
 
 
-def _product(pairs: Pairs, weights: Tensor, shape: tuple[int, int]) -> Product:
-    """The sparse matrix of ``weights`` at ``pairs``, as a function of blocks of vectors."""
-    if weights.is_cuda:
-        at = torch.stack([pairs.rows, pairs.columns])
-        on_device = torch.sparse_coo_tensor(at, weights, shape, check_invariants=False)
-        return lambda V: on_device @ V
-    places = (pairs.rows.numpy(), pairs.columns.numpy())
-    listed = scipy.sparse.coo_matrix((weights.numpy(), places), shape)
-    listed.has_canonical_format = True  # no pair is listed twice: no need to sort and sum them
-    matrix = listed.tocsr()
-    return lambda V: torch.from_numpy(matrix @ V.numpy())
+def _kernel_sums(
+    queries: Tensor,
+    index: Index,
+    fitted: FittedOperator,
+    reach: Tensor,
+    start: Tensor,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Sums of the weighted kernel, alone and times every eigenfunction; and the rows it holds.
+
+    The kernel is over its value at the squared distance ``start``, that it does not vanish.
+    """
+    width = 4 * fitted.bandwidth
+    weights = fitted.weights / fitted.weights.max()
+    summed = torch.cat([weights[:, None], weights[:, None] * fitted.eigenfunctions], 1)
+    n_sums = summed.shape[1]
+    summed = torch.nn.functional.pad(summed, (0, -n_sums % _COLUMNS))
+    if float(weights.min()) > _LEAST_WEIGHT:
+        summed = summed.to(queries.dtype)
+    sums = summed.new_zeros(len(queries), summed.shape[1], dtype=torch.float64)
+    held = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+    shift = start + fitted.offset
+    within = blocks_within(queries, index, reach, fitted.squared_support, scale_Q=scale)
+    for rows, columns, squared in within:
+        held[rows] += (squared <= width * fitted.cutoff).sum(1)
+        exponent = squared.sub_(shift[rows, None]).clamp_min_(0).mul_(-math.log2(math.e) / width)
+        kernel = exponent.exp2_()  # exp takes ten times as long where it vanishes
+        sums[rows] += (kernel.to(summed.dtype) @ taken(summed, columns)).double()
+    return sums[:, :n_sums], held

@@ -42,7 +42,7 @@ class Leaves(NamedTuple):
 
 def leaf_rows(device: torch.device) -> int:
     """Rows of a leaf that suit the device: a block of distances stays in the cache of a CPU."""
-    return 128 if device.type == "cpu" else 2048
+    return 64 if device.type == "cpu" else 2048
 
 
 def principal_frame(X: Tensor) -> Frame:
@@ -85,8 +85,9 @@ def partition(X: Tensor, frame: Frame, rows_per_leaf: int, *, in_order: bool = F
         Whether the rows stand as :func:`leaf_order` puts them: they are not sorted again.
     """
     n_samples = len(X)
-    coordinates = (X - frame.center) @ frame.axes
-    margin = _ROUNDING * torch.finfo(X.dtype).eps * squared_norms(X - frame.center).sqrt()
+    centered = X - frame.center
+    coordinates = centered @ frame.axes
+    margin = _ROUNDING * torch.finfo(X.dtype).eps * squared_norms(centered).sqrt()
     levels = max(0, (-(-n_samples // rows_per_leaf) - 1).bit_length())
     order = torch.arange(n_samples, device=X.device)
     for level in range(levels if in_order else 0, levels + 1):
@@ -132,6 +133,11 @@ def rows_of(leaves: Leaves, chosen: Tensor) -> Tensor | slice:
     )
 
 
+def taken(rows: Tensor, at: Tensor | slice) -> Tensor:
+    """``rows[at]``, in half the time where ``at`` is a tensor."""
+    return rows[at] if isinstance(at, slice) else rows.index_select(0, at)
+
+
 class Index(NamedTuple):
     """Rows to search, sorted into the ``leaves`` of a ``frame``, with their ``scales`` if any."""
 
@@ -165,7 +171,7 @@ def build_index(
     """Sort rows into leaves, unless they stand ``in_order`` as :func:`leaf_order` puts them."""
     frame = principal_frame(X)
     leaves = partition(X, frame, rows_per_leaf or leaf_rows(X.device), in_order=in_order)
-    rows = X if in_order else X[leaves.order]
+    rows = X if in_order else taken(X, leaves.order)
     return Index(rows, leaves, frame, None if scale is None else scale[leaves.order])
 
 
@@ -176,7 +182,7 @@ def ask(A: Tensor | None, index: Index, scale: Tensor | None = None) -> Searched
         asked, asking, scales = index.rows, leaves, index.scales
     else:
         asking = partition(A, index.frame, leaf_rows(A.device))
-        asked, scales = A[asking.order], None if scale is None else scale[asking.order]
+        asked, scales = taken(A, asking.order), None if scale is None else scale[asking.order]
     gaps = squared_gaps(asking, leaves)
     if scales is not None and index.scales is not None:
         gaps /= leaf_maxima(asking, scales)[:, None] * leaf_maxima(leaves, index.scales)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,23 +14,29 @@ from manifold_unlearn.manifold.distances import (
     rounding_error,
     squared_norms,
 )
-from manifold_unlearn.manifold.partition import (
-    Index,
-    Searched,
-    ask,
-    leaf_maxima,
-    rows_of,
-)
+from manifold_unlearn.manifold.partition import Index, Searched, ask, leaf_maxima, rows_of, taken
 
 _REFINE = 1e-4  # part of the squared radius up to which rounding is left standing
 _FLAT = 0.5  # part of the leaves within reach above which all rows are looked at in order
 _FLAT_ROWS = 1024
-_NEAR_ROWS = 200  # leaves are looked at together up to about so many rows
+_NEAR_ROWS = 100  # leaves are looked at together up to about so many rows
 _BLOCK_COLUMNS = 4096
 
 
 class Pairs(NamedTuple):
     """Pairs of rows within a radius: ``rows``, ``columns`` int64 and ``squared_distances``."""
+
+    rows: Tensor
+    columns: Tensor
+    squared_distances: Tensor
+
+
+class Block(NamedTuple):
+    """Squared distances of rows that ask, ``rows``, and of rows of an index, ``columns``.
+
+    Both number the rows themselves; ``squared_distances`` (len(rows), len(columns)) is infinite
+    where neither reaches the other.
+    """
 
     rows: Tensor
     columns: Tensor
@@ -55,7 +62,8 @@ def radius_neighbors(index: Index, squared_radius: float) -> Pairs:
     """
     rows, order = index.rows, index.leaves.order
     reach = torch.full((len(rows),), squared_radius, dtype=rows.dtype, device=rows.device)
-    found = _within(ask(None, index), reach, None, once=True)
+    sides = _Sides(ask(None, index), reach, None, once=True)
+    found = sides.all_pairs()
     first, second = order[found.rows], order[found.columns]
     return Pairs(torch.minimum(first, second), torch.maximum(first, second), found[2])
 
@@ -79,40 +87,31 @@ def pairs_within(
     Pairs
         ``rows`` into ``Q``, ``columns`` into the rows that the index was built of.
     """
+    sides = _sides(Q, index, reach_Q, reach_X, scale_Q)
+    found = sides.all_pairs()
+    order = sides.searched.asking_leaves.order
+    return Pairs(order[found.rows], index.leaves.order[found.columns], found.squared_distances)
+
+
+def blocks_within(
+    Q: Tensor, index: Index, reach_Q: Tensor, reach_X: Tensor, *, scale_Q: Tensor | None = None
+) -> Iterator[Block]:
+    """The pairs of :func:`pairs_within` as dense blocks, made one after the other.
+
+    For sums over pairs: nothing is listed, and a block stays in the cache.
+    """
+    sides = _sides(Q, index, reach_Q, reach_X, scale_Q)
+    order = sides.searched.asking_leaves.order
+    for part, columns in sides.places():
+        yield Block(order[part], index.leaves.order[columns], sides.block(part, columns))
+
+
+def _sides(
+    Q: Tensor, index: Index, reach_Q: Tensor, reach_X: Tensor, scale_Q: Tensor | None
+) -> _Sides:
     searched = ask(Q, index, scale_Q)
     asking, order = searched.asking_leaves.order, index.leaves.order
-    found = _within(searched, reach_Q[asking], reach_X[order], once=False)
-    return Pairs(asking[found.rows], order[found.columns], found.squared_distances)
-
-
-def _within(searched: Searched, reach: Tensor, other_reach: Tensor | None, *, once: bool) -> Pairs:
-    """Pairs in the order of the leaves; ``once``: of a set with itself, rows < columns."""
-    asking, leaves = searched.asking_leaves, searched.known.leaves
-    limits = leaf_maxima(asking, reach)[:, None]
-    if other_reach is not None:
-        limits = torch.maximum(limits, leaf_maxima(leaves, other_reach))
-    near = searched.gaps <= limits
-    if once:
-        near = near.triu()
-    sides = _Sides(searched, reach, other_reach, once)
-    found = []
-    if float(near.double().mean()) > _FLAT / (1 + once):
-        for part in row_blocks(len(searched.asking), _FLAT_ROWS):
-            start = part.start if once else 0
-            for piece in row_blocks(len(searched.known.rows) - start, _BLOCK_COLUMNS):
-                found.append(sides.pairs(part, slice(piece.start + start, piece.stop + start)))
-    else:
-        together = max(1, _NEAR_ROWS // (asking.starts[1] + 1))
-        wide = max(1, _BLOCK_COLUMNS // (leaves.starts[1] + 1))
-        for group in row_blocks(len(near), together):
-            part = slice(asking.starts[group.start], asking.starts[group.stop])
-            chosen = near[group].any(0).nonzero()[:, 0]
-            for piece in row_blocks(len(chosen), wide):
-                found.append(sides.pairs(part, rows_of(leaves, chosen[piece])))
-    if not found:
-        empty = torch.empty(0, dtype=torch.int64, device=reach.device)
-        return Pairs(empty, empty, empty.to(reach.dtype))
-    return Pairs(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    return _Sides(searched, reach_Q[asking], reach_X[order], once=False)
 
 
 class _Sides:
@@ -137,43 +136,82 @@ class _Sides:
         )
         self.fine = largest <= _REFINE * least  # one center will do for all blocks
 
+    def places(self) -> Iterator[tuple[slice, slice | Tensor]]:
+        """Rows that ask with columns, ascending, that hold all they reach or are reached by."""
+        asking, leaves = self.searched.asking_leaves, self.searched.known.leaves
+        limits = leaf_maxima(asking, self.reach)[:, None]
+        if self.other_reach is not None:
+            limits = torch.maximum(limits, leaf_maxima(leaves, self.other_reach))
+        near = self.searched.gaps <= limits
+        if self.once:
+            near = near.triu()
+        if float(near.double().mean()) > _FLAT / (1 + self.once):
+            for part in row_blocks(len(self.asking), _FLAT_ROWS):
+                start = part.start if self.once else 0
+                for piece in row_blocks(len(self.rows) - start, _BLOCK_COLUMNS):
+                    yield part, slice(start + piece.start, start + piece.stop)
+            return
+        together = max(1, _NEAR_ROWS // (asking.starts[1] + 1))
+        wide = max(1, _BLOCK_COLUMNS // (leaves.starts[1] + 1))
+        for group in row_blocks(len(near), together):
+            part = slice(asking.starts[group.start], asking.starts[group.stop])
+            chosen = near[group].any(0).nonzero()[:, 0]
+            for piece in row_blocks(len(chosen), wide):
+                yield part, rows_of(leaves, chosen[piece])
+
+    def all_pairs(self) -> Pairs:
+        """The pairs of all places, numbered in the order of the leaves."""
+        empty = torch.empty(0, dtype=torch.int64, device=self.reach.device)
+        found = [Pairs(empty, empty, self.reach[:0])]
+        found += [self.pairs(*place) for place in self.places()]
+        return Pairs(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
     def pairs(self, part: slice, columns: slice | Tensor) -> Pairs:
         """Pairs of the rows ``part`` that ask and the rows ``columns``."""
-        A, B = self.asking[part], self.rows[columns]
+        squared, add, inside, product = self._compare(part, columns)
+        device = squared.device
+        if isinstance(columns, slice):
+            columns = torch.arange(columns.start, columns.stop, device=device)
+        if self.once and int(columns[0]) < part.stop:
+            inside &= torch.arange(part.start, part.stop, device=device)[:, None] < columns
+        rows, at = inside.nonzero(as_tuple=True)
+        values = (squared[rows, at] + add[rows]).clamp_min_(0)
+        if product is not None:
+            values = values / product[rows, at]
+        return Pairs(rows + part.start, columns[at], values)
+
+    def block(self, part: slice, columns: slice | Tensor) -> Tensor:
+        """Squared distances of the rows ``part`` and ``columns``, infinite beyond their reach."""
+        squared, add, inside, product = self._compare(part, columns)
+        squared += add[:, None]
+        if product is not None:
+            squared /= product
+        return squared.masked_fill_(~inside, float("inf"))
+
+    def _compare(
+        self, part: slice, columns: slice | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Unscaled squared distances less a column to add, pairs within reach, scales' product."""
+        A, B = self.asking[part], taken(self.rows, columns)
         squared_A, squared_B = self.squared[part], self.squared_rows[columns]
         if not self.fine:
             middle = A.mean(0, keepdim=True)
             A, B = A - middle, B - middle
             squared_A, squared_B = squared_norms(A), squared_norms(B)
-        block = torch.addmm(squared_B[None, :], A, B.T, alpha=-2)  # squared_A comes below
+        squared = torch.addmm(squared_B[None, :], A, B.T, alpha=-2)
         limit, product = self._limits(part, columns)
         error_A, error_B = rounding_error(squared_A), rounding_error(squared_B)
-        coarse = not self.fine and float(error_A.max() + error_B.max()) > _REFINE * float(
-            limit.min()
-        )
-        # where rounding is coarse, keep what may be inside and look again below
-        lower = block - error_A[:, None] - error_B if coarse else block
-        inside = lower <= limit - squared_A[:, None]
-        numbers = (
-            torch.arange(columns.start, columns.stop, device=A.device)
-            if isinstance(columns, slice)
-            else columns
-        )
-        if self.once and int(numbers[0]) < part.stop:
-            own = torch.arange(part.start, part.stop, device=A.device)
-            inside &= own[:, None] < numbers
-        rows, at = inside.nonzero(as_tuple=True)
-        values = (block[rows, at] + squared_A[rows]).clamp_min_(0)
-        if coarse:
-            limits = limit.expand_as(block)[rows, at]
-            again = (error_A[rows] + error_B[at] > _REFINE * limits).nonzero()[:, 0]
-            exact = self.searched.asking[part], self.searched.known.rows[columns]
-            values[again] = exact_squared_distances(*exact, rows[again], at[again])
-            keep = values <= limits
-            rows, at, values = rows[keep], at[keep], values[keep]
-        if product is not None:
-            values = values / product[rows, at]
-        return Pairs(rows + part.start, numbers[at], values)
+        if self.fine or float(error_A.max() + error_B.max()) <= _REFINE * float(limit.min()):
+            return squared, squared_A, squared <= limit - squared_A[:, None], product
+        # where rounding is coarse, what may be inside is looked at again
+        squared += squared_A[:, None]
+        error = error_A[:, None] + error_B
+        inside = squared - error <= limit
+        rows, at = (inside & (error > _REFINE * limit)).nonzero(as_tuple=True)
+        exact = self.searched.asking[part], self.searched.known.rows[columns]
+        squared[rows, at] = exact_squared_distances(*exact, rows, at)
+        inside &= squared <= limit
+        return squared, torch.zeros_like(squared_A), inside, product
 
     def _limits(self, part: slice, columns: slice | Tensor) -> tuple[Tensor, Tensor | None]:
         """Largest squared distances of pairs, unscaled, and the product of their scales."""

@@ -6,6 +6,9 @@ most of them on data of low dimension. Where few can be, the search goes through
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -15,13 +18,22 @@ from manifold_unlearn.manifold.distances import (
     squared_distance_block,
     squared_norms,
 )
-from manifold_unlearn.manifold.partition import Frame, Index, Searched, ask, build_index, rows_of
+from manifold_unlearn.manifold.partition import (
+    Frame,
+    Index,
+    Searched,
+    ask,
+    build_index,
+    rows_of,
+    taken,
+)
 
 _SPARE = 8  # candidates kept beyond k, so that rounding in the matrix product reorders none away
 _PROBED = 4  # leaves from which the part of the leaves that a search visits is guessed
 _FLAT = 0.4  # above, the search goes through all rows in order
 _FLAT_ROWS = 1024
-_GROUP = 16  # columns of which the smallest stands for all, before the k smallest are sought
+_PRECISE = 1e-5  # part of a row's least squared distance up to which rounding is left standing
+_GROUP = 8  # columns of which the smallest stands for all, before the k smallest are sought
 
 
 def exact_neighbors(
@@ -31,7 +43,7 @@ def exact_neighbors(
     *,
     scale_A: Tensor | None = None,
     first_pass: torch.dtype | None = None,
-    block_columns: int = 8192,
+    block_columns: int = 16384,
     rows_per_leaf: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Squared distances and indices ``(len(A), k)`` of the nearest rows, nearest first.
@@ -63,9 +75,13 @@ def exact_neighbors(
     certain = torch.empty(len(A), dtype=torch.bool, device=A.device)
     flat = first_pass is not None or _visited(searched, k) > _FLAT
     parts = row_blocks(len(A), _FLAT_ROWS) if flat else map(slice, starts[:-1], starts[1:])
-    centered = index.rows - index.frame.center if flat else None
+    others = None
+    if flat:
+        centered = index.rows - index.frame.center
+        block = centered.new_empty(min(len(A), _FLAT_ROWS) * min(len(centered), block_columns))
+        others = _Rows(centered, squared_norms(centered), block)
     for leaf, part in enumerate(parts):
-        search = _LeafSearch(searched, part, k, B is None, centered, first_pass)
+        search = _LeafSearch(searched, part, k, B is None, others, first_pass)
         if flat:
             for columns in row_blocks(len(index.rows), block_columns):
                 search.look_at(columns)
@@ -108,6 +124,14 @@ def _visited(searched: Searched, k: int) -> float:
     return share / len(probes)
 
 
+class _Rows(NamedTuple):
+    """Centered rows, their squared norms, and memory for one block of distances."""
+
+    rows: Tensor
+    squared: Tensor
+    block: Tensor
+
+
 class _LeafSearch:
     """The best candidates so far for the rows ``part`` that ask."""
 
@@ -117,19 +141,19 @@ class _LeafSearch:
         part: slice,
         k: int,
         own: bool,
-        others: Tensor | None,
+        others: _Rows | None,
         first_pass: torch.dtype | None,
     ) -> None:
         self.known, self.k, self.first_pass, self.others = searched.known, k, first_pass, others
-        self.queries, self.scales = searched.asking[part], searched.asking_scales
-        if self.scales is not None:
-            self.scales = self.scales[part]
+        self.queries = searched.asking[part]
         self.own = torch.arange(part.start, part.stop, device=self.queries.device) if own else None
         center = searched.known.frame.center
         self.center = self.queries.mean(0, keepdim=True) if others is None else center
         self.centered = self.queries - self.center
         self.squared = squared_norms(self.centered)
-        self.scaled = self.scales is not None and searched.known.scales is not None
+        self.scales = None
+        if searched.asking_scales is not None and searched.known.scales is not None:
+            self.scales = searched.asking_scales[part][:, None], searched.known.scales
         self.available = len(self.known.rows) - own
         self.kept = min(k + _SPARE if first_pass is None else 2 * k + _SPARE, self.available)
         self.best = self.centered.new_empty(len(self.queries), 0)
@@ -155,65 +179,83 @@ class _LeafSearch:
         """Rounding error of the squared distances up to the farthest candidate, for each row."""
         # that of a far row grows with its norm, but so does its distance: |y| <= |x| + |x - y|
         farthest = self.best.amax(1).clamp_min(0)
-        if self.scales is None or self.known.scales is None:
+        if self.scales is None:
             return 3 * rounding_error(self.squared) + 2 * rounding_error(farthest)
-        unit = self.scales * float(self.known.scales.min())
-        most = self.scales * float(self.known.scales.max())
-        return (3 * rounding_error(self.squared) + 2 * rounding_error(farthest * most)) / unit
+        own, other = self.scales[0][:, 0], self.scales[1]
+        farthest = farthest * own * other.max()
+        return (3 * rounding_error(self.squared) + 2 * rounding_error(farthest)) / (
+            own * other.min()
+        )
 
     def look_at(self, columns: Tensor | slice) -> None:
         """Keep the best of the candidates kept and the rows at ``columns``, ascending."""
-        if self.others is None:
-            block = self._distances(self.known.rows[columns] - self.center, columns)
-        else:
-            block = self._distances(self.others[columns], columns)
-        first = columns.start if isinstance(columns, slice) else 0
-        numbers = None if isinstance(columns, slice) else columns
+        block = self._distances(columns)
+        if isinstance(columns, slice):
+            columns = torch.arange(columns.start, columns.stop, device=block.device)
         if self.own is not None:
-            place = self.own - first
-            if numbers is not None:
-                place = torch.searchsorted(numbers, self.own).clamp_max_(len(numbers) - 1)
-                inside = numbers[place] == self.own
-            else:
-                inside = (place >= 0) & (place < block.shape[1])
-            rows = inside.nonzero()[:, 0]
+            place = torch.searchsorted(columns, self.own).clamp_max_(len(columns) - 1)
+            rows = (columns[place] == self.own).nonzero()[:, 0]
             block[rows, place[rows]] = float("inf")
         values, at = _smallest(block, self.kept)
-        if not self.scaled:
+        if self.scales is None:
             values += self.squared[:, None]
-        at = at + first if numbers is None else numbers[at]
-        best, at = torch.cat([self.best, values], 1), torch.cat([self.at, at], 1)
+        best, at = torch.cat([self.best, values], 1), torch.cat([self.at, columns[at]], 1)
         if best.shape[1] > self.kept:
             best, order = best.topk(self.kept, dim=1, largest=False, sorted=False)
             at = at.gather(1, order)
         self.best, self.at = best, at
 
-    def _distances(self, other: Tensor, columns: Tensor | slice) -> Tensor:
+    def _distances(self, columns: Tensor | slice) -> Tensor:
         """Squared distances; without scales less the squared norm of the row that asks."""
-        squared, dtype = squared_norms(other), self.first_pass or other.dtype
-        if dtype == other.dtype:
-            block = torch.addmm(squared[None, :], self.centered, other.T, alpha=-2)
+        space = None
+        if self.others is None:
+            other = taken(self.known.rows, columns) - self.center
+            squared = squared_norms(other)
         else:
-            block = squared - 2 * (self.centered.to(dtype) @ other.to(dtype).T).to(other.dtype)
-        if self.scales is not None and self.known.scales is not None:
+            other, squared = self.others.rows[columns], self.others.squared[columns]
+            shape = (len(self.queries), len(other))
+            space = self.others.block[: math.prod(shape)].view(shape)
+        if self.first_pass is None:
+            block = torch.addmm(squared[None, :], self.centered, other.T, alpha=-2, out=space)
+        else:
+            half = self.centered.to(self.first_pass) @ other.to(self.first_pass).T
+            block = squared - 2 * half.to(other.dtype)
+        if self.scales is not None:
             block += self.squared[:, None]
-            block /= self.scales[:, None] * self.known.scales[columns]
+            block /= self.scales[0] * self.scales[1][columns]
         return block
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Distances, indices and certainty: that no row left out is nearer than the k-th kept."""
-        numbers, order = self.known.leaves.order[self.at].sort(dim=1)
-        at, exact = self.at.gather(1, order), torch.empty_like(self.best)
+        """Distances, indices and certainty: that no row left out is nearer than the k-th kept.
+
+        Where rounding may have put candidates in another order, or is large beside the least
+        distance, they are ranked by their differences.
+        """
+        values, order = self.best.sort(dim=1)
+        at, slack = self.at.gather(1, order), self._slack()
+        clear = (values.diff(dim=1)[:, : self.k] > 2 * slack[:, None]).all(1)
+        clear &= slack <= _PRECISE * values[:, 0]
+        if self.first_pass is not None:
+            clear[:] = False
+        numbers, certain = self.known.leaves.order[at], clear | (self.kept == self.available)
+        blurred = (~clear).nonzero()[:, 0]
+        exact, ranked = self._ranked(blurred, at[blurred])
+        certain[blurred] |= exact[:, self.k - 1] + slack[blurred] <= values[blurred, -1]
+        values[blurred], numbers[blurred] = exact, ranked
+        return values[:, : self.k], numbers[:, : self.k], certain
+
+    def _ranked(self, rows: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared lengths of the differences of ``rows`` and their candidates, ascending; those."""
+        numbers, order = self.known.leaves.order[at].sort(dim=1)
+        at, exact = at.gather(1, order), self.best.new_empty(at.shape)
         chunk = 2**18 // (self.queries.shape[1] * self.kept) if at.is_cpu else 1024
         for part in row_blocks(len(at), max(1, chunk)):
-            difference = self.known.rows[at[part]].sub_(self.queries[part, None])
+            difference = self.known.rows[at[part]].sub_(self.queries[rows[part], None])
             exact[part] = squared_norms(difference)
-        if self.scales is not None and self.known.scales is not None:
-            exact /= self.scales[:, None] * self.known.scales[at]
+        if self.scales is not None:
+            exact /= self.scales[0][rows] * self.scales[1][at]
         exact, order = exact.sort(dim=1, stable=True)
-        certain = exact[:, self.k - 1] + self._slack() <= self.best.amax(1)
-        certain |= self.kept == self.available
-        return exact[:, : self.k], numbers.gather(1, order)[:, : self.k], certain
+        return exact, numbers.gather(1, order)
 
 
 def _smallest(block: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -188,7 +188,7 @@ def accuracy_cases(config: Sizes) -> Iterator[Case]:
 
 
 def cost_cases(config: Sizes) -> Iterator[Case]:
-    """Swiss roll with noise, 10 coordinates; 10,000 new points where maps place such."""
+    """Swiss roll with noise, 10 coordinates; and 10,000 new points."""
     for size in config.fit_sizes:
         n, d = rows_by_features(size)
 
@@ -207,10 +207,7 @@ def cost_cases(config: Sizes) -> Iterator[Case]:
                     made["again_error"] = float(off.max())
                 return made
 
-            arrays = {"X": points[:n]}
-            if d == 128:
-                arrays["new"] = points[n:]
-            return arrays, judge
+            return {"X": points[:n], "new": points[n:]}, judge
 
         slow = ("datafold", "scanpy") if size in config.slow_peer_sizes else ()
         peers = ("pydiffmap", "scikit_learn", "graphtools", "plain", *slow)

@@ -1,0 +1,1 @@
+"""Attacks that bring back what a model was made to forget, each with its compute."""

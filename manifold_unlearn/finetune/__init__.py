@@ -1,0 +1,1 @@
+"""Gradient unlearners: losses, one loop, and what protects the retain set."""
