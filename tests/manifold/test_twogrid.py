@@ -43,7 +43,7 @@ def test_agrees_with_arpack_in_a_fraction_of_the_products():
     exact = scipy.sparse.linalg.eigsh(symmetric, 11, which="LA", tol=1e-12)[0][::-1]
     gap = 1 - exact[-1]
     np.testing.assert_allclose(found.values.numpy(), exact, atol=1e-9 * gap)
-    assert len(calls) < 30
+    assert len(calls) < 35
     vectors = found.vectors.numpy()
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(11), atol=1e-6)
     residual = symmetric @ vectors - vectors * found.values.numpy()
