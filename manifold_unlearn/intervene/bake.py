@@ -60,7 +60,7 @@ def is_bakeable(model: nn.Module, site: str, site_map: AffineSiteMap | None = No
     Raises
     ------
     ValueError
-        The site does not exist.
+        The site does not exist, or the map is not affine or not fitted.
     """
     if site == STREAM:
         return not find_decoder(model).normalizes_writes
@@ -70,7 +70,7 @@ def is_bakeable(model: nn.Module, site: str, site_map: AffineSiteMap | None = No
     linear = _linear_at(model, site)
     if linear is None:
         return False
-    if site_map is None or not bool(torch.as_tensor(site_map.bias_).any()):
+    if site_map is None or not bool(affine_parts(site_map, site)[1].any()):
         return True
     return linear.module.bias is not None or _biased_config(model, linear.path) is not None
 

@@ -227,6 +227,11 @@ def test_a_lone_residual_site_is_refused_and_bakeable_sites_named(model):
         bake(model, {"layers.1": projection()})
 
 
+def test_an_unfitted_map_is_not_asked_for_its_bias(llama):
+    with pytest.raises(ValueError, match="without matrix_ and bias_"):
+        is_bakeable(llama, "layers.1.mlp", SubspaceEraser())
+
+
 def test_what_is_bakeable_of_the_named_sites(model):
     expected = [name for name in site_names(model) if "." not in name.removeprefix("layers.")]
     assert [name for name in site_names(model) if not is_bakeable(model, name)] == expected[1:]
