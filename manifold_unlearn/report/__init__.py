@@ -1,5 +1,6 @@
 """Results rendered: pictures and one HTML file."""
 
+from manifold_unlearn.report.attacks import attack_curves
 from manifold_unlearn.report.embedding import embedding_scatter, geodesic_paths
 from manifold_unlearn.report.geometry import bandwidth_curve, dimension_histogram, spectrum
 from manifold_unlearn.report.html import Report
@@ -15,6 +16,7 @@ from manifold_unlearn.report.plots import (
 __all__ = [
     "EmbeddingPanel",
     "Report",
+    "attack_curves",
     "bandwidth_curve",
     "before_after_bars",
     "dimension_histogram",

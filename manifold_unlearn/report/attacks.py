@@ -1,0 +1,107 @@
+"""Pictures of attacks: what each brings back, beside the same attack on other models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from manifold_unlearn.report import style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from manifold_unlearn.attack.results import AttackCurve
+
+_COLUMNS = 4
+_LOGARITHMIC = 30.0  # ratio of the largest to the smallest compute from which the axis is so
+
+
+def attack_curves(
+    curves: Mapping[str, Sequence[AttackCurve]],
+    *,
+    title: str = "What the attacks bring back",
+) -> Figure:
+    """One panel an attack: the mean over items against the compute spent, a line for each model.
+
+    Parameters
+    ----------
+    curves : mapping of str to sequence of AttackCurve
+        For each model the curves of the same attacks in the same order. The first model is drawn
+        strong; one whose name begins with "reference" dashed: it was never told.
+    title : str
+
+    Returns
+    -------
+    Figure
+
+    Raises
+    ------
+    ValueError
+        No model, no attack, or other attacks for one model than for the first.
+    """
+    names = _checked(curves)
+    first = next(iter(curves.values()))
+    columns = min(_COLUMNS, len(first))
+    rows = ceil(len(first) / columns)
+    with style.new_figure(2.9 * columns + 0.4, 2.4 * rows + 0.8, title) as figure:
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        for ax in panels[len(first) :]:
+            ax.set_axis_off()
+        looks = {name: _look(name, place) for place, name in enumerate(names)}
+        for index, ax in zip(range(len(first)), panels, strict=False):
+            drawn = {name: curves[name][index] for name in names}
+            _draw(ax, drawn, looks)
+            if index % columns == 0:
+                ax.set_ylabel("Known, mean over items")
+        keys = [style.line_key(label=style.sentence(name), **looks[name]) for name in names]
+        figure.legend(handles=keys, loc="outside lower center", ncols=len(keys))
+    return figure
+
+
+def _checked(curves: Mapping[str, Sequence[AttackCurve]]) -> list[str]:
+    names = list(curves)
+    if not names or not curves[names[0]]:
+        raise ValueError("curves holds no attack; give at least one model with one AttackCurve.")
+    attacks = [curve.attack for curve in curves[names[0]]]
+    for name in names[1:]:
+        if (found := [curve.attack for curve in curves[name]]) != attacks:
+            raise ValueError(
+                f"{name!r} has the attacks {found}, {names[0]!r} has {attacks}. Run the same ones."
+            )
+    return names
+
+
+def _look(name: str, place: int) -> dict[str, Any]:
+    if name.lower().startswith("reference"):
+        return {"color": style.INK, "ls": (0, (4, 2)), "lw": 1.4, "marker": ""}
+    if place == 0:
+        return {"color": style.FORGET, "ls": "-", "lw": 2.0, "marker": "o", "ms": 4}
+    colors = [color for color in style.MORE if color != style.FORGET]
+    return {"color": colors[(place - 1) % len(colors)], "ls": "-", "lw": 1.4, "marker": ""}
+
+
+def _draw(ax: Axes, curves: Mapping[str, AttackCurve], looks: Mapping[str, dict[str, Any]]) -> None:
+    spent = np.concatenate([curve.spent for curve in curves.values()])
+    positive = spent[spent > 0]
+    for name, curve in curves.items():
+        intervals = np.array([_interval(row) for row in curve.values]).T
+        ax.fill_between(curve.spent, *intervals, color=looks[name]["color"], alpha=0.12, lw=0)
+        ax.plot(curve.spent, curve.values.mean(axis=1), **looks[name])
+    if len(positive) and positive.max() > _LOGARITHMIC * positive.min():
+        ax.set_xscale("symlog", linthresh=float(positive.min()))
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    first = next(iter(curves.values()))
+    ax.set(title=style.sentence(first.attack), xlabel=style.sentence(first.unit), ylim=(-0.03, 1.03))
+    style.in_percent(ax.yaxis)
+    style.quiet_ticks(ax, ax.xaxis, ax.yaxis)
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    """Mean less and plus twice its standard error, within [0, 1]."""
+    mean = float(values.mean())
+    error = 2 * float(values.std()) / np.sqrt(len(values))
+    return max(mean - error, 0.0), min(mean + error, 1.0)
