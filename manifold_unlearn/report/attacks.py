@@ -95,7 +95,9 @@ def _draw(ax: Axes, curves: Mapping[str, AttackCurve], looks: Mapping[str, dict[
         ax.set_xscale("symlog", linthresh=float(positive.min()))
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     first = next(iter(curves.values()))
-    ax.set(title=style.sentence(first.attack), xlabel=style.sentence(first.unit), ylim=(-0.03, 1.03))
+    ax.set(
+        title=style.sentence(first.attack), xlabel=style.sentence(first.unit), ylim=(-0.03, 1.03)
+    )
     style.in_percent(ax.yaxis)
     style.quiet_ticks(ax, ax.xaxis, ax.yaxis)
 
