@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,10 @@ IGNORED = -100
 
 Example: TypeAlias = "Item | Text"
 """An item, a plain text, or a prompt with its answer (which brings its own leading space)."""
+
+MarkedTokens: TypeAlias = Literal["predicting", "answer", "all"]
+"""Tokens whose next token carries loss (in a pair: the prompt's last, and the answer's but the
+last), those that carry loss themselves, or all but the padding."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,17 @@ class LabeledBatch:
 
     def __len__(self) -> int:
         return self.index.shape[0]
+
+    def marked(self, tokens: MarkedTokens) -> Tensor:
+        """Boolean (n_texts, width): which tokens a loss on hidden states counts."""
+        if tokens == "all":
+            return self.attention_mask.bool()
+        loss = self.labels != IGNORED
+        if tokens == "answer":
+            return loss
+        if tokens == "predicting":
+            return loss.roll(-1, dims=1)  # the first token never carries loss
+        raise ValueError(f"tokens={tokens!r} is not 'predicting', 'answer' or 'all'.")
 
     def to(self, device: torch.device) -> LabeledBatch:
         """Return the same batch on another device."""
