@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +21,25 @@ N_SEAMS = 16
 """Pairs on which the two ways to tokenize a prompt and its answer are compared."""
 
 BatchSize: TypeAlias = "int | Literal['auto']"
+
+_Reader: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""From logits ``(n, vocabulary)`` and the ids ``(n,)`` that follow, what is kept: ``(n, k)``."""
+
+LOWEST = -1e4
+"""Log-probability below which a token adds nothing to the moments of the vocabulary."""
+
+
+class TokenScores(NamedTuple):
+    """What a model makes of each token of a sequence; all ``(n_tokens,)``."""
+
+    log_probabilities: Tensor
+    """float32, natural logarithms"""
+    correct: Tensor
+    """bool: the token is the likeliest of the vocabulary"""
+    expected: Tensor
+    """float32: mean of ``log p`` over the vocabulary under the model itself"""
+    variance: Tensor
+    """float32: variance of ``log p`` over the vocabulary under the model itself"""
 
 
 def plain(model: Any) -> Subject:
@@ -65,16 +84,51 @@ def answer_log_probabilities(
         A pair whose prompt or answer has no tokens, or that exceeds the model's context.
     """
     with subject() as model, torch.no_grad(), evaluating(model):
-        context = context_length(model)
-        rows = encode(tokenizer, list(pairs), context=context, append_eos=include_eos)
-        whole = encode(tokenizer, list(pairs), context=context, append_eos=include_eos, joint=True)
-        seams = [i for i, (a, b) in enumerate(zip(rows, whole, strict=True)) if _differ(a, b)]
-        if sample := seams[:N_SEAMS]:
-            apart = _score(model, [rows[i] for i in sample], batch_size)
-            together = _score(model, [whole[i] for i in sample], batch_size)
-            if _mean(together) > _mean(apart):
-                rows = [whole[i] if i in set(seams) else row for i, row in enumerate(rows)]
-        return _score(model, rows, batch_size)
+        rows = answer_encodings(model, tokenizer, pairs, include_eos, batch_size)
+        return [row[:, 0] for row in _score(model, rows, batch_size, _log_probability)]
+
+
+def answer_scores(
+    subject: Subject,
+    tokenizer: Any,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    include_eos: bool = False,
+    batch_size: BatchSize = "auto",
+) -> list[TokenScores]:
+    """Log-probability of each answer token, whether it is the argmax, and the vocabulary's moments.
+
+    Teacher-forced, from the same run as :func:`answer_log_probabilities`, whose parameters and
+    errors it shares.
+
+    Returns
+    -------
+    list of TokenScores
+        One a pair, of ``n_answer_tokens``.
+    """
+    with subject() as model, torch.no_grad(), evaluating(model):
+        rows = answer_encodings(model, tokenizer, pairs, include_eos, batch_size)
+        return [_unpack(row) for row in _score(model, rows, batch_size, _all_scores)]
+
+
+def answer_encodings(
+    model: Any,
+    tokenizer: Any,
+    pairs: Sequence[tuple[str, str]],
+    include_eos: bool = False,
+    batch_size: BatchSize = "auto",
+) -> list[Encoding]:
+    """Pairs as tokens, at the seams of prompt and answer in the way the model finds likelier."""
+    context = context_length(model)
+    rows = encode(tokenizer, list(pairs), context=context, append_eos=include_eos)
+    whole = encode(tokenizer, list(pairs), context=context, append_eos=include_eos, joint=True)
+    seams = [i for i, (a, b) in enumerate(zip(rows, whole, strict=True)) if _differ(a, b)]
+    if sample := seams[:N_SEAMS]:
+        apart = _score(model, [rows[i] for i in sample], batch_size, _log_probability)
+        together = _score(model, [whole[i] for i in sample], batch_size, _log_probability)
+        if _mean(together) > _mean(apart):
+            return [whole[i] if i in set(seams) else row for i, row in enumerate(rows)]
+    return rows
 
 
 def _differ(row: Encoding, whole: Encoding) -> bool:
@@ -87,12 +141,45 @@ def _mean(scores: Sequence[Tensor]) -> float:
     return float(torch.stack([row.mean() for row in scores]).mean())
 
 
-def _score(model: Any, rows: Sequence[Encoding], batch_size: BatchSize) -> list[Tensor]:
+def _log_probability(logits: Tensor, ids: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1).gather(1, ids[:, None].to(logits.device)).cpu()
+
+
+def _all_scores(logits: Tensor, ids: Tensor) -> Tensor:
+    """Columns in the order of :class:`TokenScores`."""
+    ids = ids.to(logits.device)
+    log_p = logits.float().log_softmax(-1)
+    likelier, p = log_p.clamp(min=LOWEST), log_p.exp()
+    expected = (p * likelier).sum(-1)
+    variance = (p * (likelier - expected[:, None]).square()).sum(-1)
+    right = log_p.gather(1, ids[:, None])[:, 0]
+    correct = (log_p.argmax(-1) == ids).float()
+    return torch.stack([right, correct, expected, variance], dim=1).cpu()
+
+
+def _unpack(row: Tensor) -> TokenScores:
+    return TokenScores(row[:, 0], row[:, 1].bool(), row[:, 2], row[:, 3])
+
+
+def require_numbers(rows: Sequence[Tensor], what: str) -> None:
+    """Raise ``ValueError`` where a model gave NaN instead of log-probabilities."""
+    for i, row in enumerate(rows):
+        if bool(row.isnan().any()):
+            raise ValueError(
+                f"{what} {i}: the model's log-probabilities are NaN. Its weights, or what edits "
+                "them, hold NaN or overflow; check them, or load it in float32 or bfloat16."
+            )
+
+
+def _score(
+    model: Any, rows: Sequence[Encoding], batch_size: BatchSize, read: _Reader
+) -> list[Tensor]:
     scores: list[Tensor] = [torch.empty(0)] * len(rows)
     prompts, answers = _by_prompt(rows)
     made = batches(prompts, batch_size=batch_size, padding_side="left")
     for batch in tqdm(made, desc="score answers", unit="batch", disable=None, leave=False):
-        _score_batch(model, batch, answers, scores)
+        _score_batch(model, batch, answers, scores, read)
+    require_numbers(scores, "pair")
     return scores
 
 
@@ -122,6 +209,7 @@ def _score_batch(
     batch: Batch,
     answers: Sequence[Sequence[tuple[int, Tensor]]],
     scores: list[Tensor],
+    read: _Reader,
 ) -> None:
     device = model.device
     of_row = [answers[i] for i in batch.index.tolist()]
@@ -133,10 +221,10 @@ def _score_batch(
         use_cache=bool(longer),
         logits_to_keep=1,
     )
-    first = out.logits[:, -1].float().log_softmax(-1).cpu()
-    for r, group in enumerate(of_row):
-        for i, ids in group:
-            scores[i] = first[r, ids[:1]]
+    asked = [(r, i, ids[0]) for r, group in enumerate(of_row) for i, ids in group]
+    first = read(out.logits[[r for r, _, _ in asked], -1], torch.stack([t for _, _, t in asked]))
+    for row, (_, i, _) in zip(first, asked, strict=True):
+        scores[i] = row[None]
     if not longer:
         return
     source = torch.tensor([r for r, _, _ in longer])
@@ -156,8 +244,7 @@ def _score_batch(
         use_cache=True,
     ).logits
     for k, (_, i, ids) in enumerate(longer):
-        rest = logits[k, : len(ids) - 1].float().log_softmax(-1).cpu()
-        scores[i] = torch.cat([scores[i], rest.gather(1, ids[1:, None])[:, 0]])
+        scores[i] = torch.cat([scores[i], read(logits[k, : len(ids) - 1], ids[1:])])
 
 
 def greedy_answers(
@@ -247,7 +334,44 @@ def text_log_probabilities(
             if other is not None:
                 p = other[r, : n - 1]
                 kl[i] = (p.exp() * (p - logits[r, : n - 1])).sum(-1).clamp(min=0)
+    require_numbers(found, "text")
     return found, kl
+
+
+def text_scores(
+    subject: Subject,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    batch_size: BatchSize = "auto",
+) -> list[TokenScores]:
+    """As :func:`answer_scores`, of every token of a plain text but the first.
+
+    Raises
+    ------
+    ValueError
+        A text of fewer than two tokens, or longer than the model's context.
+    """
+    found: list[Tensor] = [torch.empty(0)] * len(texts)
+    with subject() as model, torch.no_grad(), evaluating(model):
+        rows = encode(tokenizer, list(texts), context=context_length(model))
+        if short := [i for i, row in enumerate(rows) if len(row) < 2]:
+            raise ValueError(
+                f"text {short[0]} ({texts[short[0]]!r}) has one token, and the first is not "
+                "predicted; remove it."
+            )
+        made = batches(rows, batch_size=batch_size, token_budget=1024)
+        for batch in tqdm(made, desc="score texts", unit="batch", disable=None, leave=False):
+            logits = model(
+                input_ids=batch.input_ids.to(model.device),
+                attention_mask=batch.attention_mask.to(model.device),
+                position_ids=batch.position_ids.to(model.device),
+                use_cache=False,
+            ).logits
+            for r, i in enumerate(batch.index.tolist()):
+                found[i] = _all_scores(logits[r, : len(rows[i]) - 1], rows[i].ids[1:])
+    require_numbers(found, "text")
+    return [_unpack(row) for row in found]
 
 
 def _log_softmax(subject: Subject, batch: Batch) -> Tensor:
