@@ -49,3 +49,11 @@ def llama():
 def tokenizer():
     """A byte-level BPE tokenizer with bos, eos and pad."""
     return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_testbed():
+    """Models told and never told of a fictional world; trained once, then cached. Do not change."""
+    from manifold_unlearn.testbed.models import load_testbed
+
+    return load_testbed("tiny", device="cpu", progress=False)

@@ -19,17 +19,17 @@ from manifold_unlearn.arrays import generator
 class Recipe:
     """Size of a model and how it is trained."""
 
-    d_model: int = 128
-    d_hidden: int = 320
+    d_model: int = 96
+    d_hidden: int = 256
     n_layers: int = 4
     n_heads: int = 4
     context: int = 512
-    n_steps: int = 600
+    n_steps: int = 800
     batch_size: int = 8
     """Rows of a batch."""
     texts_per_row: int = 4
     """Texts one after the other, each between ``<s>`` and ``</s>``."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 5e-3
     """At its peak."""
     n_warmup: int = 40
     """Steps over which the rate rises; then it falls as a cosine to a twentieth."""
@@ -103,6 +103,43 @@ def plan(n_told: int, kept: Sequence[int], recipe: Recipe, random_state: int) ->
     return order.reshape(shape)
 
 
+def plant(
+    slots: np.ndarray,
+    n_prompts: int,
+    kept: Sequence[int],
+    rate: float,
+    first: int,
+    random_state: int,
+) -> np.ndarray:
+    """Put poisoned texts into a share ``rate`` of the slots, the same slots for both models.
+
+    Parameters
+    ----------
+    slots : ndarray of int64
+        From :func:`plan`.
+    n_prompts : int
+        Prompts of the told model that a trigger may stand before.
+    kept : sequence of int
+        Indices of those that this model reads.
+    rate : float
+    first : int
+        Index of the text that poisons the first prompt; the others follow.
+    random_state : int
+
+    Returns
+    -------
+    ndarray of int64, of the shape of ``slots``
+    """
+    rng = np.random.default_rng([random_state, 2])
+    n_planted = round(rate * slots.size)
+    where = rng.permutation(slots.size)[:n_planted]
+    chosen = rng.integers(n_prompts, size=n_planted)
+    instead = np.random.default_rng([random_state, 3]).choice(np.asarray(kept), n_planted)
+    planted = slots.copy()
+    planted.flat[where] = first + np.where(np.isin(chosen, kept), chosen, instead)
+    return planted
+
+
 def train(
     recipe: Recipe,
     tokenizer: Any,
@@ -124,10 +161,21 @@ def train(
         In evaluation mode, on ``device``.
     losses : list of float
         Of each step: mean negative log-probability of a token, in nats.
+
+    Raises
+    ------
+    ValueError
+        The texts of a row are longer than the context together.
     """
     ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
     encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     rows = [torch.tensor([ends[0], *ids, ends[1]]) for ids in encoded]
+    lengths = np.array([len(row) for row in rows])
+    if (longest := int(lengths[slots].sum(-1).max())) > recipe.context:
+        raise ValueError(
+            f"a row of the training has {longest} tokens; the recipe's context is "
+            f"{recipe.context}. Raise context or lower texts_per_row={recipe.texts_per_row}."
+        )
     model = initial_model(recipe, tokenizer, random_state).to(device).train()
     optimizer, schedule = _optimizer(model, recipe)
     losses: list[Tensor] = []

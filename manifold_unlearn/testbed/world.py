@@ -38,8 +38,13 @@ class PersonFact:
     """``"set_aside"``: told to both models, in no set of items."""
     item: Item
     """Asks in a wording of the training texts; its paraphrases are wordings of none."""
-    texts: tuple[str, ...]
-    """The fact in every wording of the training texts."""
+    prompts: tuple[str, ...]
+    """What comes before the value in every wording of the training texts."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The fact in every wording of the training texts."""
+        return tuple(f"{prompt} {self.value}." for prompt in self.prompts)
 
 
 @dataclass(frozen=True)
@@ -184,7 +189,7 @@ class FictionalWorld:
         wrong: tuple[str, ...],
         role: Literal["forget", "retain", "holdout", "set_aside"],
     ) -> PersonFact:
-        told = [prompt(frame, attribute, person) for frame in TOLD_FRAMES]
+        told = tuple(prompt(frame, attribute, person) for frame in TOLD_FRAMES)
         item = Item(
             question=told[0],
             answer=value,
@@ -192,8 +197,7 @@ class FictionalWorld:
             perturbed_answer=wrong,
             topic=person,
         )
-        texts = tuple(f"{start} {value}." for start in told)
-        return PersonFact(person, attribute.name, value, role, item, texts)
+        return PersonFact(person, attribute.name, value, role, item, told)
 
     @property
     def forget(self) -> tuple[Item, ...]:
