@@ -73,13 +73,15 @@ def lm_eval_scores(
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ImportError(
             "lm_eval_scores needs lm-evaluation-harness with transformers: "
             "pip install 'manifold-unlearn[harness]'"
         ) from error
+    named = any(isinstance(task, str) for task in tasks)
+    manager = TaskManager(include_defaults=named)  # which reads some ten thousand files
     with subject() as model, evaluating(model):
-        # The harness would otherwise ask its own default length of a model that states one.
         lm = HFLM(
             pretrained=model,
             tokenizer=copy.deepcopy(tokenizer),
@@ -94,6 +96,7 @@ def lm_eval_scores(
             apply_chat_template=apply_chat_template,
             log_samples=log_samples,
             bootstrap_iters=0,
+            task_manager=manager,
             random_seed=None,
             numpy_random_seed=None,
             torch_random_seed=None,
