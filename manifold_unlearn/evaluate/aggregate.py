@@ -27,7 +27,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "memorization": (
             "extraction_strength",
             "exact_memorization",
-            "paraphrase_probability",
+            "paraphrased_answer_probability",
             "truth_probability",
         ),
         "mia": ("auc_loss", "auc_zlib", "auc_min_k", "auc_min_k_plus_plus"),
@@ -43,7 +43,7 @@ Verdict: TypeAlias = Literal["destroyed", "untouched", "partly forgotten", "forg
 def memorization_aggregate(
     extraction_strength: float,
     exact_memorization: float,
-    paraphrase_probability: float,
+    paraphrased_answer_probability: float,
     truth_probability: float,
 ) -> float:
     """Harmonic mean of one minus each: high where little is recited.
@@ -55,7 +55,7 @@ def memorization_aggregate(
     ----------
     extraction_strength, exact_memorization : float
         Means over the forget set, in the published forms.
-    paraphrase_probability : float
+    paraphrased_answer_probability : float
         Of the paraphrased answers.
     truth_probability : float
         Truth ratio as ``p_c / (p_c + p_w)``.
@@ -64,7 +64,12 @@ def memorization_aggregate(
     ----------
     Unlearning Depth Score, arXiv 2605.24614, its study of 150 checkpoints; so for all here.
     """
-    parts = (extraction_strength, exact_memorization, paraphrase_probability, truth_probability)
+    parts = (
+        extraction_strength,
+        exact_memorization,
+        paraphrased_answer_probability,
+        truth_probability,
+    )
     return harmonic_mean([1 - part for part in parts])
 
 

@@ -97,7 +97,8 @@ def reference_fluency(
     prompts : sequence of str
     said, reference_said : sequence of str
         Greedy answers of the model judged and of the reference. An empty answer counts as 0, unless
-        the reference too says nothing: then as 1.
+        the reference too says nothing: then as 1. Of garbage, which has more tokens when it is read
+        again, what fits the context is scored.
     words : {"ascii", "unicode"}
     batch_size : int or "auto"
 
@@ -125,7 +126,9 @@ def reference_fluency(
             for texts in (said, reference_said)
             for i in scored
         ]
-        log_p = answer_log_probabilities(reference, tokenizer, pairs, batch_size=batch_size)
+        log_p = answer_log_probabilities(
+            reference, tokenizer, pairs, cut=True, batch_size=batch_size
+        )
         p = answer_probability(log_p).reshape(2, -1)
         once = np.array([1 - repetition(said[i], words=words) for i in scored])
         values[scored] = np.minimum(p[0] / np.maximum(p[1], np.finfo(np.float64).tiny), 1) * once

@@ -53,6 +53,7 @@ def answer_log_probabilities(
     pairs: Sequence[tuple[str, str]],
     *,
     include_eos: bool = False,
+    cut: bool = False,
     batch_size: BatchSize = "auto",
 ) -> list[Tensor]:
     """Log-probability of each answer token, given the prompt and the answer so far.
@@ -71,6 +72,8 @@ def answer_log_probabilities(
         The answer brings its own leading space.
     include_eos : bool, default=False
         Count the end-of-sequence token as the answer's last.
+    cut : bool, default=False
+        Score of an answer what the model's context holds, instead of refusing it.
     batch_size : int or "auto"
 
     Returns
@@ -84,7 +87,7 @@ def answer_log_probabilities(
         A pair whose prompt or answer has no tokens, or that exceeds the model's context.
     """
     with subject() as model, torch.no_grad(), evaluating(model):
-        rows = answer_encodings(model, tokenizer, pairs, include_eos, batch_size)
+        rows = answer_encodings(model, tokenizer, pairs, include_eos, batch_size, cut=cut)
         return [row[:, 0] for row in _score(model, rows, batch_size, _log_probability)]
 
 
@@ -117,11 +120,22 @@ def answer_encodings(
     pairs: Sequence[tuple[str, str]],
     include_eos: bool = False,
     batch_size: BatchSize = "auto",
+    *,
+    cut: bool = False,
 ) -> list[Encoding]:
     """Pairs as tokens, at the seams of prompt and answer in the way the model finds likelier."""
     context = context_length(model)
-    rows = encode(tokenizer, list(pairs), context=context, append_eos=include_eos)
-    whole = encode(tokenizer, list(pairs), context=context, append_eos=include_eos, joint=True)
+    rows, whole = (
+        encode(
+            tokenizer,
+            list(pairs),
+            max_length=context if cut else None,
+            context=context,
+            append_eos=include_eos,
+            joint=joint,
+        )
+        for joint in (False, True)
+    )
     seams = [i for i, (a, b) in enumerate(zip(rows, whole, strict=True)) if _differ(a, b)]
     if sample := seams[:N_SEAMS]:
         apart = _score(model, [rows[i] for i in sample], batch_size, _log_probability)

@@ -25,7 +25,7 @@ ORACLE = Path(__file__).parents[3] / "shared" / "data" / "oracle" / "method_resu
 TARGET = {
     "extraction_strength": 0.7,
     "exact_memorization": 0.95,
-    "paraphrase_probability": 0.1,
+    "paraphrased_answer_probability": 0.1,
     "truth_probability": 0.7,
     "auc_loss": 1.0,
     "auc_zlib": 1.0,
@@ -38,7 +38,7 @@ TARGET = {
 RETRAINED = TARGET | {
     "extraction_strength": 0.1,
     "exact_memorization": 0.6,
-    "paraphrase_probability": 0.05,
+    "paraphrased_answer_probability": 0.05,
     "truth_probability": 0.55,
     "auc_loss": 0.4,
     "auc_zlib": 0.35,
@@ -50,7 +50,7 @@ RETRAINED = TARGET | {
 SHUFFLED = TARGET | {
     "extraction_strength": 0.0,
     "exact_memorization": 0.0,
-    "paraphrase_probability": 0.0,
+    "paraphrased_answer_probability": 0.0,
     "truth_probability": 0.5,
     "auc_loss": 0.45,
     "auc_zlib": 0.4,
@@ -164,9 +164,9 @@ def test_nearer_to_the_retrained_model_is_never_worse(step, part):
 def test_parts_that_say_nothing_are_left_out_and_named():
     parts = ({k: v for k, v in p.items() if k != "depth"} for p in (TARGET, TARGET, RETRAINED))
     model, target, retrained = parts
-    target["paraphrase_probability"] = 0.06
+    target["paraphrased_answer_probability"] = 0.06
     found = judge(model, target=target, retrained=retrained)
-    assert found.left_out == ("paraphrase_probability", "depth")
+    assert found.left_out == ("paraphrased_answer_probability", "depth")
     assert found.aggregates.privacy == found.aggregates.mia
 
 
@@ -182,7 +182,7 @@ def test_what_cannot_be_judged_is_refused():
         judge(TARGET, target=TARGET, retrained=RETRAINED | {"model_utility": 0.0})
 
 
-# --- 150 published checkpoints ----------------------------------------------------------------------
+# --- 150 published checkpoints --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -225,13 +225,13 @@ def test_150_published_checkpoints_are_reproduced_from_their_parts(oracle, field
 
 @pytest.mark.shared
 def test_the_judge_of_published_checkpoints(oracle):
-    """Their areas are published only as similarities to the retrained model, which is what counts."""
+    """Areas are published only as similarities to the retrained model, which is what counts."""
 
     def parts(m):
         return {
             "extraction_strength": 1 - m["one_minus_es"],
             "exact_memorization": 1 - m["one_minus_em"],
-            "paraphrase_probability": 1 - m["one_minus_paraprob"],
+            "paraphrased_answer_probability": 1 - m["one_minus_paraprob"],
             "truth_probability": 1 - m["one_minus_truth"],
             "auc_loss": m["s_loss"],
             "auc_zlib": m["s_zlib"],

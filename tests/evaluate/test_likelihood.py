@@ -13,9 +13,11 @@ from manifold_unlearn import intervene, load_model
 from manifold_unlearn.activations.corpus import read_items
 from manifold_unlearn.evaluate.likelihood import (
     answer_log_probabilities,
+    answer_scores,
     greedy_answers,
     plain,
     text_log_probabilities,
+    text_scores,
 )
 from manifold_unlearn.evaluate.metrics import answer_probability
 
@@ -216,6 +218,74 @@ def test_divergence_is_the_naive_formula_from_the_reference(name, tokenizer):
         assert (row > 0.1).all()
     _, back = text_log_probabilities(plain(other), tokenizer, TEXTS, reference=plain(model))
     assert (torch.cat(kl) - torch.cat(back)).abs().max() > 0.01  # it has a direction
+
+
+# --- all scores of a token ------------------------------------------------------------------------
+
+
+def naive_scores(log_p, ids):
+    """Argmax and moments of the vocabulary from the formulas, in double precision."""
+    log_p = log_p.double().numpy()
+    p = np.exp(log_p)
+    mean = (p * log_p).sum(1)
+    return {
+        "log_probabilities": log_p[range(len(ids)), ids],
+        "correct": log_p.argmax(1) == np.array(ids),
+        "expected": mean,
+        "variance": (p * log_p**2).sum(1) - mean**2,
+    }
+
+
+def assert_same_scores(row, expected):
+    for name, values in expected.items():
+        np.testing.assert_allclose(getattr(row, name).numpy(), values, rtol=1e-4, atol=1e-4)
+
+
+def test_scores_of_answers_are_those_of_the_formulas(model, tokenizer):
+    rows = answer_scores(plain(model), tokenizer, PAIRS, batch_size=3)
+    again = answer_log_probabilities(plain(model), tokenizer, PAIRS, batch_size=3)
+    for (prompt, answer), row, same in zip(PAIRS, rows, again, strict=True):
+        head = tokenizer(prompt).input_ids
+        tail = tokenizer(answer, add_special_tokens=False).input_ids
+        log_p = logits(model, torch.tensor([head + tail]))[0].log_softmax(-1)[len(head) - 1 : -1]
+        assert_same_scores(row, naive_scores(log_p, tail))
+        torch.testing.assert_close(row.log_probabilities, same, rtol=0, atol=0)
+    assert not torch.cat([row.correct for row in rows]).all()
+
+
+def test_scores_of_texts_are_those_of_the_formulas(model, tokenizer):
+    texts = [text for text in TEXTS if len(tokenizer(text).input_ids) > 1]
+    for text, row in zip(texts, text_scores(plain(model), tokenizer, texts), strict=True):
+        ids = tokenizer(text).input_ids
+        log_p = logits(model, torch.tensor([ids]))[0].log_softmax(-1)[:-1]
+        assert_same_scores(row, naive_scores(log_p, ids[1:]))
+
+
+def test_vocabulary_moments_where_tokens_are_ruled_out():
+    """A logit of minus infinity adds nothing and makes nothing NaN."""
+    from manifold_unlearn.evaluate.likelihood import _all_scores
+
+    logits_ = torch.tensor([[0.0, 0.0, -torch.inf]])
+    (row,) = _all_scores(logits_, torch.tensor([1]))
+    np.testing.assert_allclose(row.numpy(), [-np.log(2), 0, -np.log(2), 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("score", [answer_scores, answer_log_probabilities])
+def test_a_model_that_gives_nan_is_refused(llama, tokenizer, score):
+    with torch.no_grad():
+        llama.model.norm.weight[0] = float("nan")
+    with pytest.raises(ValueError, match="pair 0: the model's log-probabilities are NaN"):
+        score(plain(llama), tokenizer, PAIRS)
+    with pytest.raises(ValueError, match="text 0: the model's log-probabilities are NaN"):
+        text_log_probabilities(plain(llama), tokenizer, TEXTS)
+
+
+def test_a_text_of_one_token_has_no_scores(llama):
+    bare = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_unmarked(build_tokenizer())), eos_token="</s>"
+    )
+    with pytest.raises(ValueError, match=r"text 0 \('x'\) has one token"):
+        text_scores(plain(llama), bare, ["x"])
 
 
 # --- real checkpoints -----------------------------------------------------------------------------

@@ -100,7 +100,9 @@ def test_a_model_that_learns_an_answer_memorizes_it(llama, tokenizer):
     before = token_memorization(plain(llama), tokenizer, ITEMS)
     assert before["extraction_strength"].values[1] < 0.2
     head = tokenizer(ITEMS[1].question).input_ids
-    ids = torch.tensor([head + tokenizer(" " + ITEMS[1].answer, add_special_tokens=False).input_ids])
+    ids = torch.tensor(
+        [head + tokenizer(" " + ITEMS[1].answer, add_special_tokens=False).input_ids]
+    )
     labels = ids.clone()
     labels[:, : len(head)] = -100
     adam = torch.optim.Adam(llama.parameters(), lr=0.01)

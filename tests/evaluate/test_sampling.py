@@ -41,7 +41,9 @@ def test_neither_the_batch_nor_the_company_nor_the_number_matters(speaker, token
             batch_size=batch_size,
         )
         assert again[::-1] == whole
-    more = sample_answers(plain(speaker), tokenizer, PROMPTS[1:2], 5, max_new_tokens=6, random_state=4)
+    more = sample_answers(
+        plain(speaker), tokenizer, PROMPTS[1:2], 5, max_new_tokens=6, random_state=4
+    )
     assert more[0][:3] == whole[1]
 
 
