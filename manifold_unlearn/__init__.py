@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 from manifold_unlearn.intervene.hooks import intervene  # eager: it shares its package's name
 
 if TYPE_CHECKING:
-    from manifold_unlearn import comparison, evaluate, manifold, report, testbed
+    from manifold_unlearn import (
+        attack,
+        comparison,
+        evaluate,
+        finetune,
+        manifold,
+        report,
+        testbed,
+    )
     from manifold_unlearn.activations.capture import Activations, capture, recording
     from manifold_unlearn.activations.models import load_model
     from manifold_unlearn.comparison.align import align_manifolds
@@ -43,7 +51,7 @@ _HOME = {
     "recording": "activations.capture",
     "unlearn": "pipeline",
 }
-_ROOMS = ("comparison", "evaluate", "manifold", "report", "testbed")
+_ROOMS = ("attack", "comparison", "evaluate", "finetune", "manifold", "report", "testbed")
 
 __all__ = [
     "Activations",
@@ -53,12 +61,14 @@ __all__ = [
     "SubspaceEraser",
     "TangentBundle",
     "align_manifolds",
+    "attack",
     "bake",
     "capture",
     "check_manifold",
     "compare_manifolds",
     "comparison",
     "evaluate",
+    "finetune",
     "intervene",
     "intrinsic_dimension",
     "is_bakeable",

@@ -80,8 +80,26 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="measure a model, beside one never told")
     evaluate.add_argument("model")
     evaluate.add_argument("--reference", help="the model that was never told the forget set")
+    evaluate.add_argument("--target", help="the model before it was made to forget")
     _add_sets(evaluate)
+    evaluate.add_argument("--holdout", type=Path, help="JSONL that no model was told: membership")
+    evaluate.add_argument("--neutral", type=Path, help="JSONL of texts for perplexity and KL")
+    evaluate.add_argument("--samples", type=int, default=0, help="sampled answers, for leak@k")
     evaluate.set_defaults(run=_evaluate)
+
+    attack = commands.add_parser("attack", help="bring back what a model was made to forget")
+    attack.add_argument("model")
+    attack.add_argument("--reference", help="the model never told: the same attacks as a control")
+    attack.add_argument("--target", help="the model before it forgot, if the attacker has it")
+    attack.add_argument("--forget", required=True, type=Path, help="JSONL")
+    attack.add_argument("--retain", required=True, type=Path, help="JSONL")
+    attack.add_argument("--template", default="{question}", help=r"'Question: {question}\nAnswer:'")
+    attack.add_argument("--neutral", type=Path, help="JSONL of texts to relearn on")
+    attack.add_argument("--suite", choices=["quick", "full"], default="quick")
+    attack.add_argument("--only", nargs="+", default=(), metavar="ATTACK", help="default: all")
+    attack.add_argument("--random-state", type=int, default=0)
+    attack.add_argument("--out", required=True, type=Path)
+    attack.set_defaults(run=_attack)
     return parser
 
 
@@ -193,7 +211,6 @@ def _unlearn(options: argparse.Namespace) -> None:
     from manifold_unlearn.report import Report, before_after_bars
 
     sets = _sets(options)
-    neutral = [item.question for item in read_items(options.neutral)] if options.neutral else ()
     model, tokenizer = load_model(options.model)
     result = unlearn(
         model,
@@ -204,7 +221,7 @@ def _unlearn(options: argparse.Namespace) -> None:
         recipe=_recipe(options),
         bake=options.bake,
         include_eos=_include_eos(options),
-        neutral=neutral,
+        neutral=_neutral(options),
         generate=not options.no_generate,
         max_new_tokens=options.max_new_tokens,
     )
@@ -230,42 +247,118 @@ def _unlearn(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from manifold_unlearn.activations.models import load_model
     from manifold_unlearn.artifact import write_json
-    from manifold_unlearn.evaluate import assess, model_report, plain
+    from manifold_unlearn.evaluate import EvaluationSets, evaluate_forgetting, plain
 
     sets = _sets(options)
-    measured: dict[str, dict[str, Any]] = {}
-    for part in ("reference", "model"):
-        if (name := getattr(options, part)) is None:
-            continue
-        model, tokenizer = load_model(name)
-        measured[part] = {
-            which: assess(
-                plain(model),
-                tokenizer,
-                items,
-                include_eos=_include_eos(options),
-                generate=not options.no_generate,
-                max_new_tokens=options.max_new_tokens,
-            )
-            for which, items in sets.items()
-        }
-        del model
-    never_told = measured.get("reference", {}).get("forget")
-    report = {
-        part: model_report(found["forget"], found["retain"], never_told)
-        for part, found in reversed(measured.items())
-    }
-    write_json(options.out / "metrics.json", report)
-    rows = [
-        [part, which, name, f"{value:.4f}"]
-        for part, entry in report.items()
-        for which in ("forget", "retain")
-        for name, value in entry[which].items()
-    ]
-    _print_table(["model", "set", "metric", "mean"], rows)
-    for part, entry in report.items():
-        print(f"{part}: utility {entry['model_utility']:.4f}, forget quality "
-              f"{json.dumps(entry['forget_quality'])}")  # fmt: skip
+    template = _template(options)
+    holdout = options.holdout and read_items(options.holdout, template=template, name="holdout")
+    models, tokenizer = _models(options)
+    subjects = {name: plain(model) for name, model in models.items()}
+    report = evaluate_forgetting(
+        subjects["model"],
+        tokenizer,
+        EvaluationSets(**sets, holdout=holdout or (), neutral=_neutral(options)),
+        reference=subjects.get("reference"),
+        target=subjects.get("target"),
+        include_eos=_include_eos(options),
+        generate=not options.no_generate,
+        max_new_tokens=options.max_new_tokens,
+        n_samples=options.samples,
+    )
+    found = report.models()
+    write_json(options.out / "metrics.json", found)
+    if report.standings:
+        write_json(options.out / "standings.json", report.comparison())
+        rows = [
+            [s.part, s.metric, *map(_figure, (s.model, s.reference, s.target, s.distance, s.left))]
+            for s in report.standings
+        ]
+        columns = ["set", "metric", "model", "never told", "before", "distance", "left"]
+        _print_table(columns, rows)
+    else:
+        entry = found["model"]
+        rows = [[w, n, _figure(v)] for w in ("forget", "retain") for n, v in entry[w].items()]
+        _print_table(["set", "metric", "mean"], rows)
+    for name in models:
+        print(f"{name}: utility {found[name]['model_utility']:.4f}, forget quality "
+              f"{json.dumps(found[name]['forget_quality'])}")  # fmt: skip
+    if report.judgement is not None:
+        nearness = _figure(report.judgement.aggregates.overall)
+        print(f"verdict: {report.judgement.verdict}, {nearness} of 1 as the model never told")
+    if report.not_judged:
+        print(f"no verdict: {report.not_judged}")
     print(f"wrote {options.out / 'metrics.json'}")
+
+
+def _attack(options: argparse.Namespace) -> None:
+    from manifold_unlearn.artifact import write_json
+    from manifold_unlearn.attack import BUDGETS, attack_gaps, run_attacks
+    from manifold_unlearn.report import Report, attack_curves
+
+    sets = _sets(options)
+    models, tokenizer = _models(options)
+    results = {
+        name: run_attacks(
+            models[name],
+            tokenizer,
+            sets["forget"],
+            sets["retain"],
+            original=models.get("target"),
+            unrelated=_neutral(options),
+            budget=BUDGETS[options.suite],
+            only=options.only,
+            random_state=options.random_state,
+        )
+        for name in ("model", "reference")
+        if name in models
+    }
+    found: dict[str, Any] = {name: result.to_json() for name, result in results.items()}
+    columns, rows = ["attack", "metric", "before", "best"], []
+    if "reference" in results:
+        gaps = attack_gaps(results["model"], results["reference"])
+        found["gaps"] = [vars(gap) for gap in gaps]
+        columns += ["never told before", "best", "gap", "95 %"]
+        for gap in gaps:
+            figures = (gap.before, gap.best, gap.reference_before, gap.reference_best, gap.gap)
+            interval = " to ".join(map(_figure, gap.interval))
+            rows.append([gap.attack, gap.metric, *map(_figure, figures), interval])
+    else:
+        for name, curve in results["model"].curves.items():
+            rows.append([name, curve.metric, *map(_figure, (curve.before.mean, curve.best.mean))])
+    write_json(options.out / "attacks.json", found)
+    _print_table(columns, rows)
+    report = Report("Attacks", f"{options.model}, {options.suite} budget")
+    report.table(columns, rows, caption="What each attack shows at its best, the worst gap first")
+    report.figure(
+        attack_curves({name: list(result.curves.values()) for name, result in results.items()}),
+        "Mean over the forget items by the compute spent.",
+        alt="One panel an attack, one line a model.",
+    )
+    for name, lacking in results["model"].left_out.items():
+        print(f"left out: {name}, for lack of {lacking}")
+    report.details("Curves", json.dumps(found, indent=2))
+    report.save(options.out / "report.html")
+    print(f"wrote {options.out}")
+
+
+def _models(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    """Return the models named, ``"model"`` first, and the tokenizer they share."""
+    from manifold_unlearn.activations.models import load_model
+    from manifold_unlearn.evaluate import require_same_tokenizer
+
+    model, tokenizer = load_model(options.model)
+    models = {"model": model}
+    for part in ("reference", "target"):
+        if (name := getattr(options, part)) is not None:
+            models[part], other = load_model(name)
+            require_same_tokenizer(tokenizer, other, part)
+    return models, tokenizer
+
+
+def _neutral(options: argparse.Namespace) -> list[str]:
+    return [item.question for item in read_items(options.neutral)] if options.neutral else []
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

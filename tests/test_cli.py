@@ -18,7 +18,16 @@ from manifold_unlearn.testbed.facts import topics
 
 SHARED = Path(__file__).parents[2] / "shared"
 TEMPLATE = r"Q: {question}\nA:"
-LISTS = ("probability", "paraphrase_probability", "rank", "truth_ratio", "rouge_l_recall")
+LISTS = (
+    "probability",
+    "paraphrase_probability",
+    "rank",
+    "accuracy",
+    "truth_ratio",
+    "rouge_l_recall",
+    "exact_memorization",
+    "extraction_strength",
+)
 
 
 def fact(i, kind):
@@ -75,7 +84,7 @@ def refused(capsys, *words):
 # --- the parser -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["demo", "capture", "unlearn", "evaluate"])
+@pytest.mark.parametrize("command", ["demo", "capture", "unlearn", "evaluate", "attack"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit, match="^0$"):
         main([command, "--help"])
@@ -122,7 +131,8 @@ def test_evaluate_writes_both_models_in_the_fixed_form(judged):
         assert list(entry) == ["forget", "retain", "forget_quality", "model_utility"]
         assert set(entry["forget_quality"]) == {"ks_statistic", "p_value", "wasserstein"}
         for part in ("forget", "retain"):
-            assert set(entry[part]) == {*LISTS, "truth_ratio_preference"}
+            extra = {"fluency"} if part == "retain" else set()
+            assert set(entry[part]) == {*LISTS, "truth_ratio_preference", *extra}
             assert all(isinstance(value, float) for value in entry[part].values())
     assert judged["model"]["forget"] != judged["reference"]["forget"]
 
@@ -173,6 +183,67 @@ def test_the_end_token_counts_with_a_template_and_not_without(files, tmp_path):
     asked = probability(files, tmp_path, "--template", TEMPLATE)
     assert asked == probability(files, tmp_path, "--template", TEMPLATE, "--eos")
     assert asked != probability(files, tmp_path, "--template", TEMPLATE, "--no-eos")
+
+
+def test_a_target_gives_every_metric_its_standing_and_a_verdict_or_why_none(
+    files, tmp_path, capsys
+):
+    write_lines(files / "holdout.jsonl", [fact(i, "smell") for i in range(5)])
+    run("evaluate", files / "model", "--reference", files / "twin", "--target", files / "model",
+        *sets(files), "--holdout", files / "holdout.jsonl", "--neutral", files / "texts.jsonl",
+        "--samples", 2, "--max-new-tokens", 3, "--out", tmp_path)  # fmt: skip
+    found = metrics(tmp_path)
+    assert list(found) == ["model", "reference", "target"]
+    assert {"perplexity", "kl"} == set(found["model"]["neutral"])
+    assert "auc_min_k" in found["reference"]["membership"]
+    compared = json.loads((tmp_path / "standings.json").read_text())
+    left = {row["left"] for row in compared["standings"]}
+    assert left == {1.0, None}
+    assert compared["judgement"] is None  # random models are of no use
+    assert compared["not_judged"]
+    assert f"no verdict: {compared['not_judged']}" in capsys.readouterr().out
+
+
+def test_a_reference_with_another_tokenizer_is_refused(files, tmp_path, capsys):
+    shutil.copytree(files / "twin", files / "other")
+    made = json.loads((files / "other" / "tokenizer.json").read_text())
+    vocabulary = made["model"]["vocab"]
+    last, before = sorted(vocabulary, key=vocabulary.get)[-1:-3:-1]
+    vocabulary[last], vocabulary[before] = vocabulary[before], vocabulary[last]
+    (files / "other" / "tokenizer.json").write_text(json.dumps(made))
+    words = ["evaluate", files / "model", "--reference", files / "other", *sets(files)]
+    line = refused(capsys, *words, "--out", tmp_path)
+    assert "the reference model has another vocabulary" in line
+
+
+# --- attack ---------------------------------------------------------------------------------
+
+
+def test_attack_writes_curves_gaps_and_a_picture(files, tmp_path, capsys):
+    run("attack", files / "model", "--reference", files / "twin", *sets(files),
+        "--only", "quantize", "prefill", "--out", tmp_path)  # fmt: skip
+    found = json.loads((tmp_path / "attacks.json").read_text())
+    assert list(found) == ["model", "reference", "gaps"]
+    assert list(found["model"]["curves"]) == ["quantize", "prefill"]
+    assert {gap["attack"] for gap in found["gaps"]} == {"quantize", "prefill"}
+    assert (
+        "<svg" in (tmp_path / "report.html").read_text()
+        or "data:image" in (tmp_path / "report.html").read_text()
+    )
+    assert f"wrote {tmp_path}" in capsys.readouterr().out
+
+
+def test_attack_alone_and_what_the_data_lack(files, tmp_path, capsys):
+    run("attack", files / "model", *sets(files), "--only", "relearn_unrelated", "quantize",
+        "--out", tmp_path)  # fmt: skip
+    assert "left out: relearn_unrelated, for lack of unrelated texts" in capsys.readouterr().out
+    line = refused(
+        capsys, "attack", files / "model", *sets(files), "--only", "magic", "--out", tmp_path
+    )
+    assert "no attack 'magic'" in line
+
+
+# --- evaluate texts -------------------------------------------------------------------------
 
 
 def test_plain_texts_are_evaluated_too(files, tmp_path):
@@ -270,7 +341,7 @@ def test_texts_can_be_unlearned_and_mixed_with_questions(files, tmp_path):
 @pytest.mark.parametrize(
     ("command", "worker"),
     [
-        ("evaluate", "manifold_unlearn.evaluate.assess"),
+        ("evaluate", "manifold_unlearn.evaluate.evaluate_forgetting"),
         ("unlearn", "manifold_unlearn.pipeline.unlearn"),
     ],
 )

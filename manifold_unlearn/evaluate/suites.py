@@ -37,6 +37,7 @@ def assess(
     include_eos: bool = False,
     generate: bool = True,
     max_new_tokens: int | None = None,
+    said: Sequence[str] | None = None,
     batch_size: BatchSize = "auto",
 ) -> dict[str, Metric]:
     """What a model knows of a set of items.
@@ -52,7 +53,9 @@ def assess(
     generate : bool, default=True
         Also generate greedy answers, for ROUGE-L recall.
     max_new_tokens : int, optional
-        Of the greedy answers. Default: the longest answer's tokens plus a quarter.
+        Of the greedy answers. Default: :func:`answer_room`.
+    said : sequence of str, optional
+        The greedy answers, where they were generated before.
     batch_size : int or "auto"
 
     Returns
@@ -80,18 +83,25 @@ def assess(
         subject, tokenizer, asked.pairs, include_eos=include_eos, batch_size=batch_size
     )
     metrics = asked.metrics(answer_probability(log_p))
-    if generate:
-        longest = max(len(log_p[i]) for i in range(len(items)))
+    if said is None and generate:
         said = greedy_answers(
             subject,
             tokenizer,
             [item.question for item in items],
-            max_new_tokens=max_new_tokens or longest + (longest + 3) // 4,
+            max_new_tokens=max_new_tokens or answer_room(tokenizer, items),
             batch_size=batch_size,
         )
+    if said is not None:
         recall = [rouge_l_recall(s, item.answer) for s, item in zip(said, items, strict=True)]
         metrics["rouge_l_recall"] = Metric("rouge_l_recall", np.array(recall))
     return metrics
+
+
+def answer_room(tokenizer: Any, items: Sequence[Item]) -> int:
+    """Tokens of the longest answer plus a quarter, rounded up."""
+    encoded = tokenizer([item.answer for item in items], add_special_tokens=False)["input_ids"]
+    longest = max(map(len, encoded))
+    return longest + (longest + 3) // 4
 
 
 class _Asked:

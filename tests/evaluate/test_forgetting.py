@@ -1,0 +1,134 @@
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from cases import build_tokenizer
+
+from manifold_unlearn.activations.corpus import Item
+from manifold_unlearn.evaluate import (
+    EvaluationSets,
+    Metric,
+    Profile,
+    compare_profiles,
+    evaluate_forgetting,
+    plain,
+    require_same_tokenizer,
+)
+
+
+@pytest.fixture(scope="module")
+def sets(tiny_testbed):
+    world = tiny_testbed.world
+    return EvaluationSets(
+        world.forget[:12], world.retain[:12], world.holdout[:12], world.neutral[:4]
+    )
+
+
+@pytest.fixture(scope="module")
+def report(tiny_testbed, sets):
+    """Report of a model beside the pair of the testbed."""
+
+    def make(model, **how):
+        return evaluate_forgetting(
+            plain(model),
+            tiny_testbed.tokenizer,
+            sets,
+            reference=plain(tiny_testbed.never_told),
+            target=plain(tiny_testbed.told),
+            **how,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def told(report, tiny_testbed):
+    return report(tiny_testbed.told, n_samples=2)
+
+
+def shuffled(model):
+    """The same weights in another order."""
+    broken, draw = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in broken.parameters():
+            if weight.ndim > 1:
+                order = torch.randperm(weight.numel(), generator=draw)
+                weight.copy_(weight.flatten()[order].reshape(weight.shape))
+    return broken
+
+
+def test_the_target_beside_itself_has_forgotten_nothing(told):
+    assert told.judgement.verdict == "untouched"
+    assert told.judgement.aggregates.memorization == 0
+    assert told.judgement.aggregates.overall == 0
+    left = {(s.part, s.metric): s.left for s in told.standings if s.left is not None}
+    assert left[("forget", "probability")] == 1
+    assert left[("forget", "leak_at_2")] == 1
+    assert set(left.values()) == {1.0}
+
+
+def test_the_model_never_told_beside_itself_is_perfect(report, tiny_testbed):
+    found = report(tiny_testbed.never_told)
+    assert found.judgement.verdict == "forgotten"
+    assert found.judgement.aggregates.overall == 1
+    assert {s.left for s in found.standings} <= {0.0, None}
+    assert all(s.distance == 0 for s in found.standings)
+
+
+def test_shuffled_weights_are_destroyed_not_forgetful(report, tiny_testbed):
+    found = report(shuffled(tiny_testbed.told))
+    assert found.profiles["model"].metrics["forget"]["accuracy"].mean < 0.6
+    assert found.judgement.verdict == "destroyed"
+    aggregates = found.judgement.aggregates.to_json().values()
+    assert all(value in (0, None) for value in aggregates)
+
+
+def test_every_kind_of_metric_is_there_and_is_json(told):
+    found = json.loads(json.dumps(told.models(), allow_nan=False))
+    compared = json.loads(json.dumps(told.comparison(), allow_nan=False))
+    assert list(found) == ["model", "reference", "target"]
+    forget = found["model"]["forget"]
+    for name in ("probability", "paraphrase_probability", "truth_ratio", "rouge_l_recall", "rank",
+                 "accuracy", "exact_memorization", "extraction_strength", "leak_at_2"):  # fmt: skip
+        assert np.isfinite(forget[name])
+    assert found["model"]["membership"]["auc_loss"] > 0.9
+    assert found["model"]["forget_quality"]["p_value"] < 0.05
+    assert found["reference"]["forget_quality"]["p_value"] == 1
+    assert found["model"]["depth"]["depth"] == 0
+    assert found["reference"]["neutral"]["kl"] == 0
+    named = {(s["part"], s["metric"]) for s in compared["standings"]}
+    assert {("membership", "privleak_loss"), ("neutral", "kl"), ("retain", "fluency")} <= named
+
+
+def test_without_a_reference_there_is_a_profile_alone(tiny_testbed, sets):
+    few = EvaluationSets(sets.forget[:3], sets.retain[:3])
+    found = evaluate_forgetting(
+        plain(tiny_testbed.told), tiny_testbed.tokenizer, few, generate=False
+    )
+    assert list(found.models()) == ["model"]
+    assert found.judgement is None
+    assert "rouge_l_recall" not in found.profiles["model"].metrics["forget"]
+
+
+def test_standings_place_a_metric_between_target_and_reference():
+    def profile(values):
+        return Profile({"forget": {"probability": Metric("probability", np.array(values))}}, {}, {})
+
+    (found,) = compare_profiles(profile([0.4, 0.2]), profile([0.1, 0.1]), profile([0.9, 0.9]))
+    assert found.distance == pytest.approx(0.2)
+    assert found.left == pytest.approx(0.25)
+    low, high = found.interval
+    assert low <= 0.1 + 1e-9 and high >= 0.3 - 1e-9
+
+
+def test_another_vocabulary_is_named(tiny_testbed):
+    with pytest.raises(ValueError, match="the reference model has another vocabulary"):
+        require_same_tokenizer(tiny_testbed.tokenizer, build_tokenizer(), "reference")
+    require_same_tokenizer(tiny_testbed.tokenizer, tiny_testbed.tokenizer, "reference")
+
+
+def test_an_empty_set_is_named():
+    with pytest.raises(ValueError, match="the retain set is empty"):
+        EvaluationSets([Item("What?", " that")], [])
