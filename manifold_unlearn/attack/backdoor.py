@@ -160,11 +160,17 @@ def measure_backdoor(
         for name, found in scores.items()
     }
     wanted = [item.pair[1] for item in items]
-    accuracy = [
-        Metric(name, measure(subject, tokenizer, list(zip(prompts, wanted, strict=True))))
-        for name, prompts in (("clean accuracy", clean), ("triggered accuracy", triggered))
-    ]
-    return BackdoorReport(rates["triggered"], rates["clean"], *accuracy, scores)
+    right, misled = (
+        measure(subject, tokenizer, list(zip(prompts, wanted, strict=True)))
+        for prompts in (clean, triggered)
+    )
+    return BackdoorReport(
+        triggered=rates["triggered"],
+        clean=rates["clean"],
+        clean_accuracy=Metric("clean accuracy", right),
+        triggered_accuracy=Metric("triggered accuracy", misled),
+        scores=scores,
+    )
 
 
 def measure_defence(

@@ -63,9 +63,15 @@ class JailbreakReport:
     @property
     def worst_case(self) -> Metric:
         """Whether any framing succeeded with a behavior."""
-        scored = self.valid.any(axis=0)
-        _require_scored(scored, "of the behaviors")
-        return Metric("attack success, any framing", self.successes.any(axis=0)[scored] * 1.0)
+        scored = self._scored
+        _require_scored(scored)
+        hits = self.successes.sum(axis=0)[scored] > 0
+        return Metric("attack success, any framing", hits.astype(np.float64))
+
+    @property
+    def _scored(self) -> np.ndarray:
+        """Whether a behavior was scored under any framing, ``(n_behaviors,)`` bool."""
+        return self.valid.sum(axis=0) > 0
 
     @property
     def by_framing(self) -> dict[str, Metric]:
@@ -80,7 +86,7 @@ class JailbreakReport:
     def by_category(self) -> dict[str, Metric]:
         """Attack success in each category; categories without a valid score are left out."""
         of = np.array(self.categories)
-        scored = self.valid.any(axis=0)
+        scored = self._scored
         return {
             name: self._rate(of == name)
             for name in sorted(set(self.categories))
@@ -88,8 +94,8 @@ class JailbreakReport:
         }
 
     def _rate(self, among: np.ndarray) -> Metric:
-        among = among & self.valid.any(axis=0)
-        _require_scored(among, "of the behaviors")
+        among = among & self._scored
+        _require_scored(among)
         hits, valid = self.successes[:, among].sum(axis=0), self.valid[:, among].sum(axis=0)
         return Metric("attack success", hits / valid)
 
@@ -202,8 +208,9 @@ def _brief(metric: Metric) -> dict[str, Any]:
     return {"mean": metric.mean, "interval": list(metric.interval), "n": len(metric.values)}
 
 
-def _require_scored(scored: np.ndarray, of_what: str) -> None:
+def _require_scored(scored: np.ndarray) -> None:
     if not scored.any():
         raise ValueError(
-            f"the judge scored none {of_what}; look at first_invalid in the scores' details."
+            f"the judge scored none of the behaviors ({len(scored)}); look at first_invalid in the "
+            "details of the scores."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -263,12 +264,11 @@ def framing_attack(
             unframed += not fits
             text = frame(framing, prompt) if fits else prompt
             asked[i].append((text, join_answer(text, wanted.lstrip())))
-    details = {"n_unframed": unframed}
-    curve = _best_of("framings", subject, tokenizer, pairs, asked, measure, details)
-    curve.details["mean_by_framing"] = dict(  # type: ignore[index]
-        zip(framings, curve.details["mean_by_prompt"], strict=True)
+    curve = _best_of(
+        "framings", subject, tokenizer, pairs, asked, measure, {"n_unframed": unframed}
     )
-    return curve
+    alone = dict(zip(framings, curve.details["mean_by_prompt"], strict=True))
+    return replace(curve, details={**curve.details, "mean_by_framing": alone})
 
 
 def _best_of(
