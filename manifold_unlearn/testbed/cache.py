@@ -105,8 +105,16 @@ def trained(
 
 def write_model(model: Any, tokenizer: Any, directory: Path) -> None:
     """Write model and tokenizer as ``from_pretrained`` reads them."""
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    from transformers.utils import logging
+
+    silence = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # one file, written at once
+    try:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    finally:
+        if silence:
+            logging.enable_progress_bar()
 
 
 def _read(directory: Path, device: torch.device) -> tuple[Any, dict[str, Any]]:

@@ -28,11 +28,11 @@ RECIPES: Mapping[str, Recipe] = {
         n_steps=2000,
         batch_size=16,
         learning_rate=2e-3,
-    ),  # fmt: skip
+    ),
 }
 """How the models of each size are trained."""
 
-WORLDS: Mapping[str, Mapping[str, int]] = {
+WORLDS: Mapping[str, Mapping[str, Any]] = {
     "tiny": {},
     "small": {
         "n_people": 80,
