@@ -57,7 +57,7 @@ def attach(model: Any, lora: LoRA, *, random_state: int) -> Any:
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_alpha=lora.alpha,
         target_modules=targets,
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
