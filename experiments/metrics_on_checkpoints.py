@@ -57,13 +57,13 @@ class Config:
     models: str = "../shared/models/tofu-stories15m"
     """Directory with told/ and never_told/."""
     data: str = "../shared/data/tofu"
-    n_forget: int = 40
-    n_utility: int = 20
+    n_forget: int = 24
+    n_utility: int = 12
     """Of retain, real authors and world facts each."""
-    n_holdout: int = 40
+    n_holdout: int = 24
     """Questions that neither model has seen, for membership inference."""
-    n_gradients: int = 12
-    n_sampled: int = 10
+    n_gradients: int = 8
+    n_sampled: int = 6
     n_samples: int = 8
 
 
@@ -103,6 +103,9 @@ class Sets:
             "real_authors": spread(read("real_authors_perturbed"), n),
             "world_facts": spread(read("world_facts_perturbed"), n),
         }
+        authors = read_items(Path(config.data) / "real_authors_perturbed.jsonl")
+        self.short_options = choice_questions(spread(authors, n))
+        """real authors: four of TOFU's answers in one prompt exceed the context"""
         retain = read("retain90")
         self.holdout = spread(retain[600:], config.n_holdout)
         self.shots = retain[20:80:20]
@@ -157,9 +160,9 @@ def measure(model: Any, reference: Any, tokenizer: Any, sets: Sets, config: Conf
     found["knowledge_memorization"] = knowledge_memorization(
         subject, tokenizer, some, shots=sets.shots[:1]
     ).metric.mean
-    asked = choice_questions(some)
-    for scoring in ("answer", "letter"):
-        scores = score_choices(subject, tokenizer, asked, scoring=scoring)
+    asked = {"answer": choice_questions(some), "letter": sets.short_options}
+    for scoring, questions in asked.items():
+        scores = score_choices(subject, tokenizer, questions, scoring=scoring)
         found[f"choice_accuracy_{scoring}"] = scores.accuracy.mean
         found[f"choice_always_right_{scoring}"] = scores.always_right.mean
     areas = membership(model, reference, tokenizer, sets, config)

@@ -234,7 +234,7 @@ def judge(
     for name in (*GROUPS["memorization"], *GROUPS["mia"], *GROUPS["privacy"]):
         measured = all(name in parts for parts in (model, target, retrained))
         gap = abs(target[name] - retrained[name]) if measured else 0.0
-        if measured and gap >= max(least_gap, np.finfo(np.float64).tiny):
+        if gap > 0 and gap >= least_gap:
             nearness[name] = 1 - min(abs(model[name] - retrained[name]) / gap, 1.0)
         else:
             left_out.append(name)
