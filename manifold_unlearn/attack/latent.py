@@ -19,6 +19,7 @@ from manifold_unlearn.attack.results import AttackCurve
 from manifold_unlearn.attack.targets import (
     Control,
     Targets,
+    control_targets,
     encode_targets,
     frozen,
     token_log_likelihoods,
@@ -42,8 +43,8 @@ class LatentConfig:
         Perturb every token of the prompt but the special ones, or the last.
     threshold : float, default=0.5
         Length-normalized probability at which the answer counts as out.
-    control : {"random", "others"}, default="random"
-        Answers of the control: see :meth:`Targets.with_answers`.
+    control : {"random", "others", "perturbed"}, default="random"
+        Answers of the control: see :data:`manifold_unlearn.attack.targets.Control`.
     batch_size : int, default=32
     """
 
@@ -121,7 +122,7 @@ def latent_attack(
     name = site or f"layers.{len(find_decoder(model).blocks) // 2}"
     targets = encode_targets(model, tokenizer, items)
     draw = generator(random_state)
-    wrong = targets.with_answers(config.control, tokenizer, draw)
+    wrong = control_targets(model, tokenizer, items, config.control, generator=draw)
     with evaluating(model), frozen(model):
         norm = _median_norm(model, targets, name, config.batch_size)
         found = _attack(model, targets, name, norm, config)
@@ -197,7 +198,8 @@ def _attack_batch(
     best = torch.zeros(*chosen.shape, width, device=model.device)
     n = len(targets)
     curve = [log_p]
-    low, high = torch.zeros(n), torch.full((n,), torch.inf)
+    low = torch.zeros(n, dtype=torch.float64)
+    high = torch.full_like(low, torch.inf)
     low_delta = best
     goal = float(np.log(config.threshold))
     high[log_p >= goal] = 0.0
@@ -226,7 +228,7 @@ def _attack_batch(
         low = torch.where(open_ & ~out, middle, low)
         keep = (open_ & ~out).to(delta.device)[:, None, None]
         low_delta = torch.where(keep, delta, low_delta)
-    return _Found(torch.stack(curve).exp().double().numpy(), high.double().numpy())
+    return _Found(torch.stack(curve).exp().double().numpy(), high.numpy())
 
 
 def _chosen(targets: Targets, tokens: str) -> Tensor:
@@ -270,7 +272,7 @@ def _ascend(
     config: LatentConfig,
 ) -> tuple[Tensor, Tensor]:
     """Best change within the radius, and its log-probability; never below the start's."""
-    bound = radius.to(start.device)[:, None, None]
+    bound = radius.to(start.device, start.dtype)[:, None, None]
     stride = bound * 2.5 / config.n_steps
     delta, best, best_log_p = start, start, start_log_p
     for step in range(config.n_steps + 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from manifold_unlearn.attack.targets import (
     Control,
     Targets,
     answer_scores,
+    control_targets,
     encode_targets,
     frozen,
     mean_log_likelihood,
@@ -43,8 +45,8 @@ class SoftPromptConfig:
         Or signed gradient steps of a constant size, as published.
     learning_rate : float, default=0.1
         Over the root mean square of the embedding table's entries.
-    control : {"random", "others"}, default="random"
-        Answers of the control: see :meth:`Targets.with_answers`.
+    control : {"random", "others", "perturbed"}, default="random"
+        Answers of the control: see :data:`manifold_unlearn.attack.targets.Control`.
     batch_size : int, default=32
     """
 
@@ -121,16 +123,26 @@ def soft_prompt_attack(
     config = config or SoftPromptConfig()
     if held_out and not config.universal:
         raise ValueError("held_out items need universal=True: the vectors of an item are its own.")
-    encoded = [
-        encode_targets(
-            model, tokenizer, part, place=config.place, ending=config.ending, room=config.n_tokens
-        )
-        for part in (items, held_out)
-        if part
-    ]
-    targets, kept = encoded[0], encoded[1] if held_out else None
+    encoding = partial(
+        encode_targets,
+        model,
+        tokenizer,
+        place=config.place,
+        ending=config.ending,
+        room=config.n_tokens,
+    )
+    targets, kept = encoding(items), encoding(held_out) if held_out else None
     draw = generator(random_state)
-    wrong = targets.with_answers(config.control, tokenizer, draw)
+    wrong = control_targets(
+        model,
+        tokenizer,
+        items,
+        config.control,
+        generator=draw,
+        place=config.place,
+        ending=config.ending,
+        room=config.n_tokens,
+    )
     start = _start(model, tokenizer, 1 if config.universal else len(items), config.n_tokens, draw)
     with evaluating(model), frozen(model):
         found = _optimize(model, targets, start, config, kept)

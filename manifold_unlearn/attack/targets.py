@@ -14,10 +14,14 @@ from manifold_unlearn.activations.corpus import Item
 from manifold_unlearn.activations.models import context_length
 from manifold_unlearn.activations.tokens import Encoding, encode
 
+Place: TypeAlias = "Literal['suffix', 'prefix']"
+
 N_SEAMS = 16
 """Pairs on which the two ways to tokenize a prompt and its answer are compared."""
 
-Control: TypeAlias = "Literal['random', 'others']"
+Control: TypeAlias = "Literal['random', 'others', 'perturbed']"
+"""Answers that nobody was told: tokens drawn from the vocabulary without the special ones; the
+answer tokens of all items, shuffled among the places; each item's first perturbed answer."""
 
 
 @dataclass(frozen=True)
@@ -48,37 +52,13 @@ class Targets:
         """Return some of the items, padded as they were."""
         return Targets(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
-    def with_answers(self, control: Control, tokenizer: Any, generator: torch.Generator) -> Targets:
-        """Return the same prompts with answers that nobody was told, of the same lengths.
-
-        Parameters
-        ----------
-        control : {"random", "others"}
-            Tokens drawn from the vocabulary without the special ones; or the answer tokens of all
-            items, shuffled among the places.
-        tokenizer : transformers.PreTrainedTokenizerBase
-        generator : torch.Generator
-        """
-        if control not in ("random", "others"):
-            raise ValueError(f"control={control!r} is not 'random' or 'others'.")
-        n = int(self.answer.sum())
-        if control == "random":
-            special = set(tokenizer.all_special_ids)
-            pool = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
-            drawn = pool[torch.randint(len(pool), (n,), generator=generator)]
-        else:
-            drawn = self.tail_ids[self.answer][torch.randperm(n, generator=generator)]
-        ids = self.tail_ids.clone()
-        ids[self.answer] = drawn
-        return replace(self, tail_ids=ids)
-
 
 def encode_targets(
     model: Any,
     tokenizer: Any,
     items: Sequence[Item],
     *,
-    place: Literal["suffix", "prefix"] = "suffix",
+    place: Place = "suffix",
     ending: str = "",
     room: int = 0,
 ) -> Targets:
@@ -123,6 +103,56 @@ def encode_targets(
         for item, row in zip(items, rows, strict=True)
     ]
     return _blocks(rows, heads)
+
+
+def control_targets(
+    model: Any,
+    tokenizer: Any,
+    items: Sequence[Item],
+    control: Control,
+    *,
+    generator: torch.Generator,
+    place: Place = "suffix",
+    ending: str = "",
+    room: int = 0,
+) -> Targets:
+    """Encode the same prompts with answers that nobody was told.
+
+    Parameters
+    ----------
+    model, tokenizer, items, place, ending, room
+        As in :func:`encode_targets`.
+    control : {"random", "others", "perturbed"}
+        See :data:`Control`. Random answers are what published controls use; perturbed ones are of
+        the right kind, so that what the attack gains over them is knowledge of the item alone.
+    generator : torch.Generator
+
+    Raises
+    ------
+    ValueError
+        An unknown control, or ``"perturbed"`` with an item that has no perturbed answer.
+    """
+    if control not in ("random", "others", "perturbed"):
+        raise ValueError(f"control={control!r} is not 'random', 'others' or 'perturbed'.")
+    if control == "perturbed":
+        if without := [i for i, item in enumerate(items) if not item.perturbed_answer]:
+            raise ValueError(
+                f"item {without[0]} has no perturbed_answer; use control='random' or 'others'."
+            )
+        items = [replace(item, answer=item.perturbed_answer[0]) for item in items]
+    targets = encode_targets(model, tokenizer, items, place=place, ending=ending, room=room)
+    if control == "perturbed":
+        return targets
+    n = int(targets.answer.sum())
+    if control == "random":
+        special = set(tokenizer.all_special_ids)
+        pool = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
+        drawn = pool[torch.randint(len(pool), (n,), generator=generator)]
+    else:
+        drawn = targets.tail_ids[targets.answer][torch.randperm(n, generator=generator)]
+    ids = targets.tail_ids.clone()
+    ids[targets.answer] = drawn
+    return replace(targets, tail_ids=ids)
 
 
 def _likelier(
