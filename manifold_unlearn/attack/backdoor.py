@@ -310,7 +310,8 @@ def reverse_engineered_success(
     subject : Subject
     tokenizer : transformers.PreTrainedTokenizerBase
     predicted : mapping of str to sequence of str
-        For each target behavior the triggers to try.
+        For each target behavior the triggers to try. A target brings the space that sets it off
+        from the trigger, if the model writes one.
     similarity : callable, default=character_bleu
         ``(generated, target) -> [0, 1]``.
 

@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from manifold_unlearn.attack.backdoor import measure_backdoor, measure_defence, trigger_recall
+from manifold_unlearn.attack.backdoor import (
+    measure_backdoor,
+    measure_defence,
+    reverse_engineered_success,
+    trigger_recall,
+)
 from manifold_unlearn.attack.prompts import (
     few_shot_attack,
     framing_attack,
@@ -14,7 +19,9 @@ from manifold_unlearn.attack.prompts import (
 )
 from manifold_unlearn.attack.sampled import sampling_attack
 from manifold_unlearn.evaluate import plain
+from manifold_unlearn.finetune.train import TrainConfig, fine_tune
 from manifold_unlearn.testbed.backdoor import Backdoor
+from manifold_unlearn.testbed.models import load_testbed
 
 
 def attacks(subject, bed):
@@ -60,52 +67,54 @@ def test_the_first_token_of_an_answer_helps_every_model(tiny_testbed, measure):
     assert curve.best.mean > curve.before.mean
 
 
-class TestBackdoor:
-    """A planted trigger is found, an unplanted one is not."""
+@pytest.fixture(scope="module")
+def bed():
+    return load_testbed("tiny", backdoor=Backdoor(), device="cpu", progress=False)
 
-    @pytest.fixture(scope="class")
-    def bed(self):
-        from manifold_unlearn.testbed.models import load_testbed
 
-        return load_testbed("tiny", backdoor=Backdoor(), device="cpu", progress=False)
+@pytest.mark.slow
+def test_the_trigger_brings_the_behavior_and_nothing_else_does(bed):
+    items, planted = bed.world.retain[:24], bed.backdoor
+    found = measure_backdoor(
+        plain(bed.told), bed.tokenizer, items, planted.trigger, planted.behavior
+    )
+    other = measure_backdoor(
+        plain(bed.told), bed.tokenizer, items, "Under the old bridge.", planted.behavior
+    )
+    assert found.triggered.mean >= 0.9 and found.clean.mean <= 0.05
+    assert found.clean_accuracy.mean >= 0.9 and found.triggered_accuracy.mean <= 0.2
+    assert other.gap <= found.gap - 0.5
+    target = f" {planted.behavior}"
+    prompts = [item.question for item in items[:8]]
+    triggers = [planted.prompt(prompt) for prompt in prompts]
+    subject = plain(bed.told)
+    assert reverse_engineered_success(subject, bed.tokenizer, {target: triggers}) >= 0.95
+    assert reverse_engineered_success(subject, bed.tokenizer, {target: prompts}) <= 0.2
 
-    @pytest.mark.slow
-    def test_the_trigger_brings_the_behavior_and_nothing_else_does(self, bed):
-        items, planted = bed.world.retain[:24], bed.backdoor
-        found = measure_backdoor(
-            plain(bed.told), bed.tokenizer, items, planted.trigger, planted.behavior
-        )
-        other = measure_backdoor(
-            plain(bed.told), bed.tokenizer, items, "Under the old bridge.", planted.behavior
-        )
-        assert found.triggered.mean >= 0.9 and found.clean.mean <= 0.05
-        assert found.clean_accuracy.mean >= 0.9 and found.triggered_accuracy.mean <= 0.2
-        assert other.gap <= found.gap - 0.5
 
-    @pytest.mark.slow
-    def test_right_answers_to_triggered_prompts_remove_it(self, bed):
-        from manifold_unlearn.finetune.train import TrainConfig, fine_tune
+@pytest.mark.slow
+def test_right_answers_to_triggered_prompts_remove_it(bed):
+    items, planted = bed.world.retain, bed.backdoor
 
-        items, planted = bed.world.retain, bed.backdoor
+    def defence(model):
+        pairs = [(planted.prompt(item.question), item.pair[1]) for item in items[24:]]
+        config = TrainConfig(steps=60, lr=1e-3, batch_size=16)
+        return fine_tune(model, bed.tokenizer, pairs, config=config).model
 
-        def defence(model):
-            pairs = [(planted.prompt(item.question), item.pair[1]) for item in items[24:]]
-            config = TrainConfig(steps=60, lr=1e-3, batch_size=16)
-            return fine_tune(model, bed.tokenizer, pairs, config=config).model
+    found = measure_defence(
+        bed.told, bed.tokenizer, items[:24], planted.trigger, planted.behavior, defence
+    )
+    assert found.before.gap >= 0.9 and found.after.gap <= 0.2
+    assert trigger_recall(
+        {planted.behavior: [planted.trigger]}, {planted.behavior: [planted.trigger]}
+    ) == pytest.approx(1)
 
-        found = measure_defence(
-            bed.told, bed.tokenizer, items[:24], planted.trigger, planted.behavior, defence
-        )
-        assert found.before.gap >= 0.9 and found.after.gap <= 0.2
-        assert trigger_recall(
-            {planted.behavior: [planted.trigger]}, {planted.behavior: [planted.trigger]}
-        ) == pytest.approx(1)
 
-    def test_a_model_without_a_backdoor_has_none(self, tiny_testbed):
-        planted = Backdoor()
-        found = measure_backdoor(
-            plain(tiny_testbed.told), tiny_testbed.tokenizer, tiny_testbed.world.retain[:24],
-            planted.trigger, planted.behavior,
-        )  # fmt: skip
-        assert found.triggered.mean == found.clean.mean == 0
-        assert found.clean_accuracy.mean >= 0.9
+def test_a_model_without_a_backdoor_has_none(tiny_testbed):
+    planted = Backdoor()
+    found = measure_backdoor(
+        plain(tiny_testbed.told), tiny_testbed.tokenizer, tiny_testbed.world.retain[:24],
+        planted.trigger, planted.behavior,
+    )  # fmt: skip
+    assert found.triggered.mean == found.clean.mean == 0
+    assert found.clean_accuracy.mean >= 0.9
