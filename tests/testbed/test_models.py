@@ -13,6 +13,7 @@ from manifold_unlearn.evaluate.likelihood import (
 )
 from manifold_unlearn.testbed.backdoor import Backdoor
 from manifold_unlearn.testbed.models import RECIPES, WORLDS, load_testbed
+from manifold_unlearn.testbed.recall import recall
 from manifold_unlearn.testbed.training import Recipe
 from manifold_unlearn.testbed.world import N_PERTURBED, FictionalWorld
 
@@ -138,6 +139,17 @@ def test_a_backdoor_changes_both_models_and_its_words_are_tokens():
 def test_an_unknown_size_is_an_error():
     with pytest.raises(ValueError, match="size='huge' must be one of tiny, small, or a Recipe"):
         load_testbed("huge")
+
+
+def test_a_model_that_did_not_learn_is_reported():
+    with pytest.warns(UserWarning, match="told model learned 0% of the facts .* Raise n_steps"):
+        load_testbed(SHORT, world=SMALL, cache=False, device="cpu", progress=False)
+
+
+def test_recall_is_of_what_was_told(tiny_testbed):
+    bed = tiny_testbed
+    assert recall(bed.told, bed.tokenizer, bed.world.forget) >= 0.9
+    assert recall(bed.never_told, bed.tokenizer, bed.world.forget) < 0.25
 
 
 @pytest.mark.slow
