@@ -111,7 +111,10 @@ def faithfulness(
     others = _counts(draw, len(never)) / len(never)
     resampled = np.einsum("ri,ij,rj->r", some, pairs, others, optimize=True)
     return Faithfulness(
-        float(pairs.mean()), percentiles(resampled), float(told.mean()), float(never.mean())
+        float(pairs.mean()),
+        percentiles(np.clip(resampled, 0, 1)),
+        float(told.mean()),
+        float(never.mean()),
     )
 
 
