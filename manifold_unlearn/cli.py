@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from manifold_unlearn import __version__
 from manifold_unlearn.activations.corpus import Item, read_items
-from manifold_unlearn.pipeline import SubspaceRecipe, UnlearnMethod
+from manifold_unlearn.pipeline import METHODS, SubspaceRecipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,9 +71,14 @@ def _parser() -> argparse.ArgumentParser:
     unlearn = commands.add_parser("unlearn", help="make a model forget a set and keep another")
     unlearn.add_argument("model")
     _add_sets(unlearn)
-    unlearn.add_argument("--method", default="subspace", choices=get_args(UnlearnMethod))
+    unlearn.add_argument("--method", default="subspace", choices=METHODS)
     unlearn.add_argument("--bake", action="store_true", help="edit and save the weights")
     _add_recipe(unlearn)
+    group = unlearn.add_argument_group("training of a gradient method")
+    group.add_argument("--lr", type=float, help="default 1e-5")
+    group.add_argument("--steps", type=int, help="default: 10 epochs over the forget set")
+    group.add_argument("--batch-size", type=int, help="default 16")
+    group.add_argument("--random-state", type=int)
     unlearn.add_argument("--neutral", type=Path, help="JSONL of texts for perplexity")
     unlearn.set_defaults(run=_unlearn)
 
@@ -140,6 +145,15 @@ def _recipe(options: argparse.Namespace) -> SubspaceRecipe:
     if "parts" in given:
         given["parts"] = tuple(given["parts"])
     return replace(SubspaceRecipe(), **given)
+
+
+def _training(options: argparse.Namespace) -> Any:
+    """Return the training asked for; None where nothing is said of it."""
+    from manifold_unlearn.finetune.train import TrainConfig
+
+    names = ("lr", "steps", "batch_size", "random_state")
+    given = {name: v for name in names if (v := getattr(options, name)) is not None}
+    return TrainConfig(**given) if given else None
 
 
 def _template(options: argparse.Namespace) -> str:
@@ -219,6 +233,7 @@ def _unlearn(options: argparse.Namespace) -> None:
         sets["retain"],
         method=options.method,
         recipe=_recipe(options),
+        training=_training(options),
         bake=options.bake,
         include_eos=_include_eos(options),
         neutral=_neutral(options),

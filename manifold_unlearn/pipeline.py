@@ -20,13 +20,16 @@ from manifold_unlearn.erase.subspace import SubspaceEraser
 from manifold_unlearn.evaluate.likelihood import plain
 from manifold_unlearn.evaluate.results import Change, Metric
 from manifold_unlearn.evaluate.suites import assess, assess_text
+from manifold_unlearn.finetune.objectives import OBJECTIVES, objective
+from manifold_unlearn.finetune.train import TrainConfig, train
 from manifold_unlearn.intervene.bake import bake as bake_edit
 from manifold_unlearn.intervene.bake import is_bakeable
 from manifold_unlearn.intervene.edit import Edit
 from manifold_unlearn.intervene.hooks import intervene
 from manifold_unlearn.intervene.maps import DenseAffineMap
 
-UnlearnMethod = Literal["subspace"]
+METHODS = ("subspace", *OBJECTIVES)
+"""Ways to forget: an eraser of a linear subspace, and the gradient baselines by name."""
 FitTokens = Literal["query", "answer"]
 
 
@@ -68,10 +71,12 @@ class UnlearnResult:
     """An edited model, the edit, and what it did."""
 
     model: Any
-    """The baked model, or the model that was given: then open :meth:`active` to use the edit."""
+    """The baked or trained model, or the one that was given: then :meth:`active` has the edit."""
     tokenizer: Any
-    edit: Edit
+    edit: Edit | None
+    """None where the weights were trained"""
     baked: bool
+    """Whether the weights of ``model`` hold what was done."""
     metrics: dict[str, Any]
     """JSON values; see :func:`unlearn`."""
     changes: dict[str, dict[str, Change]] = field(repr=False)
@@ -79,10 +84,12 @@ class UnlearnResult:
 
     def active(self) -> AbstractContextManager[Any]:
         """Open to the model with the edit in force, baked or hooked."""
-        return nullcontext(self.model) if self.baked else intervene(self.model, self.edit)
+        if self.baked or self.edit is None:
+            return nullcontext(self.model)
+        return intervene(self.model, self.edit)
 
     def save(self, directory: str | Path) -> None:
-        """Write ``edit/``, ``metrics.json`` and, if baked, ``model/`` (plain transformers).
+        """Write ``metrics.json``, ``edit/`` if there is one and, if baked or trained, ``model/``.
 
         Raises
         ------
@@ -95,7 +102,8 @@ class UnlearnResult:
                 f"{directory / 'model'} is there from a baked run and would not belong to this "
                 "edit; remove it or choose another directory."
             )
-        self.edit.save(directory / "edit")
+        if self.edit is not None:
+            self.edit.save(directory / "edit")
         if self.baked:
             with artifact.replacing(directory / "model") as staged:
                 self.model.save_pretrained(staged)
@@ -109,8 +117,9 @@ def unlearn(
     forget: Items,
     retain: Items,
     *,
-    method: UnlearnMethod = "subspace",
+    method: str = "subspace",
     recipe: SubspaceRecipe | None = None,
+    training: TrainConfig | None = None,
     bake: bool = False,
     template: str = "{question}",
     include_eos: bool = False,
@@ -127,11 +136,15 @@ def unlearn(
         As :func:`load_model` gives them. The model is never changed; a baked one is a copy.
     forget, retain : path, or iterable of mappings or str
         JSONL file or records with ``question`` and ``answer``, or ``text``. Disjoint.
-    method : {"subspace"}, default="subspace"
+    method : str, default="subspace"
+        Of ``METHODS``; all but ``"subspace"`` are gradient baselines, which train the weights.
     recipe : SubspaceRecipe, optional
-        Sites, rank and rows of the fit.
+        Sites, rank and rows of the fit; for ``"subspace"``.
+    training : TrainConfig, optional
+        Steps and learning rate of a baseline. The defaults are the published ones for models of a
+        billion parameters; small ones need larger rates.
     bake : bool, default=False
-        Write the edit into the weights.
+        Write the edit into the weights; a baseline always does.
     template : str, default="{question}"
         How a question becomes a prompt.
     include_eos : bool, default=False
@@ -157,8 +170,8 @@ def unlearn(
         An empty set, texts in both sets, a site that does not exist or does not bake, activations
         that are not finite, a rank above the data's, a text longer than the context.
     """
-    if method not in get_args(UnlearnMethod):
-        raise ValueError(f"method={method!r} is not one of {', '.join(get_args(UnlearnMethod))}.")
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}.")
     recipe = recipe or SubspaceRecipe()
     forget_items = read_items(forget, template=template, name="forget")
     retain_items = read_items(retain, template=template, name="retain")
@@ -167,13 +180,28 @@ def unlearn(
     if evaluate_on is not None:
         sets = {n: read_items(s, template=template, name=n) for n, s in evaluate_on.items()}
     clock = _Clock()
-    with clock("fit"):
-        edit = fit_edit(model, tokenizer, forget_items, retain_items, recipe, bakeable=bake)
-    edited = model
-    if bake:
-        with clock("bake"):
-            edited = bake_edit(model, edit)
-    subject = plain(edited) if bake else lambda: intervene(model, edit)
+    edited, edit = model, None
+    config: dict[str, Any] = {"method": method}
+    if method == "subspace":
+        with clock("fit"):
+            edit = fit_edit(model, tokenizer, forget_items, retain_items, recipe, bakeable=bake)
+        config |= {"recipe": asdict(recipe), "sites": list(edit), "baked": bake}
+        if bake:
+            with clock("bake"):
+                edited = bake_edit(model, edit)
+    else:
+        training, bake = training or TrainConfig(), True
+        with clock("train"):
+            edited = train(
+                model,
+                tokenizer,
+                forget_items,
+                retain_items,
+                objective=objective(method),
+                config=training,
+            ).model
+        config |= {"training": _plain(asdict(training))}
+    subject = plain(edited) if bake or edit is None else lambda: intervene(model, edit)
     how = {
         "include_eos": include_eos, "generate": generate, "max_new_tokens": max_new_tokens
     }  # fmt: skip
@@ -185,13 +213,19 @@ def unlearn(
         quiet = _compare_text(model, subject, tokenizer, neutral) if neutral else None
     metrics = {
         "schema_version": 1,
-        "config": {"method": method, "recipe": asdict(recipe), "sites": list(edit), "baked": bake},
+        "config": config,
         "counts": {name: len(items) for name, items in sets.items()},
         "sets": {n: {m: c.to_json() for m, c in change.items()} for n, change in changes.items()},
         "neutral": quiet,
         "seconds": clock.seconds,
     }
     return UnlearnResult(edited, tokenizer, edit, bake, metrics, changes)
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with devices and whatever else JSON lacks as their names."""
+    kept = (str, int, float, bool, dict, type(None))
+    return {name: v if isinstance(v, kept) else str(v) for name, v in settings.items()}
 
 
 def fit_edit(

@@ -13,6 +13,7 @@ from manifold_unlearn.activations.capture import Activations
 from manifold_unlearn.activations.corpus import Item, read_items
 from manifold_unlearn.activations.tokens import TokenTable
 from manifold_unlearn.evaluate import answer_log_probabilities, plain
+from manifold_unlearn.finetune import TrainConfig
 from manifold_unlearn.pipeline import SubspaceRecipe, compare, fit_edit, fit_maps, fit_weights
 
 CAPITALS = {"Fod": "Ank", "Gub": "Bor", "Hix": "Cis", "Jep": "Dul", "Kav": "Els", "Lom": "Fim"}
@@ -503,6 +504,27 @@ def test_a_saved_edit_gives_the_hooked_answers(hooked, knowing, tmp_path, tokeni
         # the maps are the same to the bit; how they lie in memory is not, and products round
         torch.testing.assert_close(logits(knowing, ids), wanted, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logits(bake(knowing, edit), ids), wanted, atol=1e-4, rtol=0)
+
+
+def test_a_gradient_baseline_trains_a_copy_and_saves_it(knowing, tokenizer, tmp_path):
+    before = state(knowing)
+    training = TrainConfig(lr=2e-3, steps=12, batch_size=6)
+    result = unlearn(
+        knowing, tokenizer, FORGET, RETAIN, method="graddiff", training=training, generate=False
+    )
+    assert same_state(knowing, before)
+    assert result.edit is None and result.baked
+    kept = {name: change["probability"].kept for name, change in result.changes.items()}
+    assert kept["forget"] < 0.3 < 0.8 < kept["retain"]
+    assert result.metrics["config"]["training"]["steps"] == 12
+    json.dumps(result.metrics, allow_nan=False)
+    result.save(tmp_path)
+    assert not (tmp_path / "edit").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    ids = tokenizer("The capital of Fod is", return_tensors="pt").input_ids
+    torch.testing.assert_close(logits(loaded, ids), logits(result.model, ids))
+    with result.active() as model:
+        assert model is result.model
 
 
 def test_saving_twice_leaves_the_second_result(baked, hooked, tmp_path):
