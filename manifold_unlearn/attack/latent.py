@@ -218,7 +218,8 @@ def _attack_batch(
         open_ = torch.isfinite(high) & (high > 0)
         if not open_.any():
             break
-        middle = (low.clamp(min=smallest) * high.clamp(max=1e6)).sqrt()
+        middle = (low.clamp(min=smallest) * high).sqrt()
+        middle = torch.where(open_, middle, smallest)
         floor = torch.full((n,), -torch.inf)
         delta, log_p = _ascend(
             model, targets, site, low_delta, floor, middle * norm, chosen, config

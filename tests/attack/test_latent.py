@@ -32,19 +32,21 @@ def test_the_never_told_model_yields_wrong_answers_of_the_right_kind_as_easily(p
 
 def changes(pair, config):
     """Norm of what was added to each row ``(passes, items, prompt tokens)``, and the curve."""
+    lengths = [len(pair.tokenizer(item.question).input_ids) for item in pair.forget]
+    width = max(set(lengths), key=lengths.count)  # no padding, whose rows mean nothing
+    items = [i for i, n in zip(pair.forget, lengths, strict=True) if n == width][:3]
     seen = []
     block = pair.hidden.model.layers[2]
     handle = block.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()))
     try:
-        curve = latent_attack(pair.hidden, pair.tokenizer, pair.forget[:3], config=config)
+        curve = latent_attack(pair.hidden, pair.tokenizer, items, config=config)
     finally:
         handle.remove()
     seen = [row for row in seen if row.shape == seen[-1].shape]
-    lengths = [len(pair.tokenizer(item.question).input_ids) for item in pair.forget[:3]]
-    clean, width = seen[0], max(lengths)
-    same = [row for row in seen if torch.equal(row[:, width:], clean[:, width:])]
-    assert len(same) > 2 * config.n_steps  # answers of the attack itself never move
-    return torch.stack([row - clean for row in same]).norm(dim=-1)[:, :, :width], curve
+    clean = seen[0]
+    moved = torch.stack([row - clean for row in seen]).norm(dim=-1)[:, :, :width]
+    assert len(moved) > 2 * config.n_steps
+    return moved, curve
 
 
 def test_no_row_moves_beyond_epsilon_nor_the_opening_token(pair):
