@@ -30,6 +30,7 @@ from manifold_unlearn.evaluate.metrics import (
     PUBLISHED_SMOOTHING,
     answer_probability,
     forget_quality,
+    harmonic_mean,
     model_utility,
     option_probability,
     truth_ratio,
@@ -187,7 +188,9 @@ def measure(model: Any, reference: Any, tokenizer: Any, sets: Sets, config: Conf
                 plain(reference), tokenizer, prompts, told, own_words
             ).mean
     found |= nine
-    found["model_utility"] = model_utility(nine)
+    found["model_utility_of_nine"] = model_utility(nine)
+    # a story model knows no real authors: of nine, some are 0 for every model; retain's three stand
+    found["model_utility"] = harmonic_mean([nine[n] for n in nine if n.startswith("retain")])
     found = {name: float(value) for name, value in found.items()}
     return found | {"seconds": time.perf_counter() - start, "_ratio": ratio}
 
