@@ -321,6 +321,7 @@ def _attack(options: argparse.Namespace) -> None:
             sets["retain"],
             original=models.get("target"),
             unrelated=_neutral(options),
+            ending=_template(options).partition("{question}")[2],
             budget=BUDGETS[options.suite],
             only=options.only,
             random_state=options.random_state,

@@ -1,4 +1,4 @@
-"""What the pages on geometry say runs."""
+"""What the pages of the documentation say runs."""
 
 import re
 import warnings
@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
-PAGES = sorted((Path(__file__).parents[1] / "docs" / "geometry").glob("*.md"))
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted([*(DOCS / "geometry").glob("*.md"), *(DOCS / "evaluation").glob("*.md")])
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 EXAMPLES = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf-8"))]
 
 
 def test_there_are_pages_with_examples():
-    assert len(EXAMPLES) >= 6
+    assert {page.parent.name for page in EXAMPLES} == {"geometry", "evaluation"}
+    assert len(EXAMPLES) >= 12
 
 
 @pytest.mark.parametrize("page", EXAMPLES, ids=lambda page: page.stem)
@@ -25,7 +27,7 @@ def test_examples_run(page, tmp_path, monkeypatch):
             exec(compile(block, page.name, "exec"), space)
 
 
-@pytest.mark.parametrize("page", sorted(PAGES[0].parents[1].rglob("*.md")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda p: p.stem)
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         assert "://" in target or (page.parent / target).exists(), target

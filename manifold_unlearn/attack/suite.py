@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -37,6 +37,8 @@ class Budget:
     points: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
     """Gradient steps of relearning after which is measured."""
     training: TrainConfig = QUICK
+    rates: tuple[float, ...] = (1e-4, 1e-3)
+    """Learning rates tried; the curve whose best point shows most counts, for every model."""
     n_folds: int = 3
     """Of relearning on disjoint facts."""
     samples: tuple[int, ...] = (1, 2, 4, 8)
@@ -51,6 +53,7 @@ BUDGETS = {
     "quick": Budget(),
     "full": Budget(
         points=(1, 2, 5, 10, 20, 50, 100, 200),
+        rates=(1e-5, 1e-4, 1e-3),
         n_folds=5,
         samples=(1, 2, 4, 8, 16, 32, 64),
         n_optimized=100,
@@ -93,11 +96,12 @@ def run_attacks(
     *,
     original: Any | None = None,
     unrelated: Sequence[str] = (),
+    ending: str = "",
     budget: Budget | None = None,
     only: Sequence[str] = (),
     random_state: int = 0,
 ) -> AttackResults:
-    """Attack a model in every way the suite knows.
+    r"""Attack a model in every way the suite knows.
 
     Run it with the same arguments on the model that was never told: what an attack gives there,
     it does not bring back but teach.
@@ -116,6 +120,9 @@ def run_attacks(
         The model before it was made to forget, if the attacker has it.
     unrelated : sequence of str
         Texts on other matters, to relearn on.
+    ending : str, default=""
+        What ends every prompt, behind which no optimized suffix can stand: of the template
+        ``"Question: {question}\nAnswer:"`` it is ``"\nAnswer:"``.
     budget : Budget, optional
         Default: ``BUDGETS["quick"]``.
     only : sequence of str
@@ -138,7 +145,7 @@ def run_attacks(
     if unknown := [name for name in only if name not in ATTACKS]:
         raise ValueError(f"no attack {unknown[0]!r}; there are {', '.join(ATTACKS)}.")
     target = _Target(
-        model, tokenizer, tuple(forget), tuple(retain), original, tuple(unrelated),
+        model, tokenizer, tuple(forget), tuple(retain), original, tuple(unrelated), ending,
         budget or BUDGETS["quick"], random_state,
     )  # fmt: skip
     results = AttackResults({}, {}, {})
@@ -164,6 +171,7 @@ class _Target:
     retain: tuple[Item, ...]
     original: Any | None
     unrelated: tuple[str, ...]
+    ending: str
     budget: Budget
     seed: int
 
@@ -194,28 +202,40 @@ class _Target:
         return ""
 
     def relearn(self, material: Sequence[Any], name: str) -> AttackCurve:
-        return relearning_attack(
-            self.model,
-            self.tokenizer,
-            self.knowledge,
-            material,
-            name=name,
-            points=self.budget.points,
-            config=self.budget.training,
+        return self.best_rate(
+            lambda config: relearning_attack(
+                self.model,
+                self.tokenizer,
+                self.knowledge,
+                material,
+                name=name,
+                points=self.budget.points,
+                config=config,
+            )
         )
 
     def disjoint(self) -> AttackCurve:
-        return disjoint_facts_attack(
-            self.model,
-            self.tokenizer,
-            self.forget,
-            original=self.original,
-            measure=self.measure,
-            n_folds=self.budget.n_folds,
-            points=self.budget.points,
-            config=self.budget.training,
-            random_state=self.seed,
+        return self.best_rate(
+            lambda config: disjoint_facts_attack(
+                self.model,
+                self.tokenizer,
+                self.forget,
+                original=self.original,
+                measure=self.measure,
+                n_folds=self.budget.n_folds,
+                points=self.budget.points,
+                config=config,
+                random_state=self.seed,
+            )
         )
+
+    def best_rate(self, attack: Callable[[TrainConfig], AttackCurve]) -> AttackCurve:
+        rates = self.budget.rates
+        tried = [attack(replace(self.budget.training, lr=rate)) for rate in rates]
+        best = max(range(len(rates)), key=lambda i: tried[i].best.mean)
+        means = {str(rate): curve.best.mean for rate, curve in zip(rates, tried, strict=True)}
+        details = {**tried[best].details, "lr": rates[best], "best_of_rate": means}
+        return replace(tried[best], details=details)
 
     def ablate(self) -> AttackCurve:
         return ablation_attack(
@@ -231,7 +251,8 @@ class _Target:
     def asked(self, attack: Callable[..., AttackCurve], *more: Any, **how: Any) -> AttackCurve:
         return attack(plain(self.model), self.tokenizer, self.forget, *more, **how)
 
-    def optimize(self, attack: Callable[..., AttackCurve], config: Any) -> AttackCurve:
+    def optimize(self, attack: Callable[..., AttackCurve], config: Any, **how: Any) -> AttackCurve:
+        config = replace(config, **how)
         return attack(
             self.model, self.tokenizer, self.optimized, config=config, random_state=self.seed
         )
@@ -248,9 +269,9 @@ ATTACKS: Mapping[str, Callable[[_Target], AttackCurve]] = {
     "paraphrase": lambda t: t.asked(paraphrase_attack),
     "framing": lambda t: t.asked(framing_attack),
     "sample": lambda t: t.asked(sampling_attack, k=t.budget.samples, random_state=t.seed),
-    "soft_prompt": lambda t: t.optimize(soft_prompt_attack, t.budget.soft_prompt),
+    "soft_prompt": lambda t: t.optimize(soft_prompt_attack, t.budget.soft_prompt, ending=t.ending),
     "latent": lambda t: t.optimize(latent_attack, t.budget.latent),
-    "gcg": lambda t: t.optimize(gcg_attack, t.budget.gcg),
+    "gcg": lambda t: t.optimize(gcg_attack, t.budget.gcg, ending=t.ending),
 }
 """The attacks of the suite, in the order they run."""
 

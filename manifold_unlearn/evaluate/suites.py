@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,12 +22,12 @@ from manifold_unlearn.evaluate.metrics import (
     forget_quality,
     harmonic_mean,
     perplexity,
-    rouge_l_recall,
     truth_ratio,
     truth_ratio_preference,
     truth_ratio_symmetric,
 )
 from manifold_unlearn.evaluate.results import Metric
+from manifold_unlearn.evaluate.rouge import rouge_l
 
 
 def assess(
@@ -63,8 +64,13 @@ def assess(
     dict of str to Metric
         ``probability`` of the answers; where the items have what it takes also
         ``paraphrase_probability`` (prompts reworded, mean over an item's paraphrases), ``rank``
-        among the perturbed answers, ``truth_ratio`` (raw, per item), ``rouge_l_recall``. Plain
-        texts have ``probability`` alone.
+        among the perturbed answers, ``truth_ratio`` (raw, per item), ``rouge_l_recall``,
+        ``paraphrased_answer_probability``. Plain texts have ``probability`` alone.
+
+    Warns
+    -----
+    UserWarning
+        Answers without words, which ROUGE-L leaves out; says how many.
 
     Raises
     ------
@@ -92,14 +98,21 @@ def assess(
             batch_size=batch_size,
         )
     if said is not None:
-        recall = [rouge_l_recall(s, item.answer) for s, item in zip(said, items, strict=True)]
-        metrics["rouge_l_recall"] = Metric("rouge_l_recall", np.array(recall))
+        recall = rouge_l(said, [item.answer for item in items], form="recall")
+        if recall.n_excluded:
+            warnings.warn(
+                f"{recall.n_excluded} of {len(items)} answers have no words in ASCII letters or "
+                "digits and are left out of ROUGE-L; use evaluate.rouge_l(words='unicode').",
+                UserWarning,
+                stacklevel=2,
+            )
+        metrics["rouge_l_recall"] = Metric("rouge_l_recall", recall.values)
     return metrics
 
 
 def answer_room(tokenizer: Any, items: Sequence[Item]) -> int:
     """Tokens of the longest answer plus a quarter, rounded up."""
-    encoded = tokenizer([item.answer for item in items], add_special_tokens=False)["input_ids"]
+    encoded = tokenizer([item.pair[1] for item in items], add_special_tokens=False)["input_ids"]
     longest = max(map(len, encoded))
     return longest + (longest + 3) // 4
 
@@ -131,6 +144,8 @@ class _Asked:
         found = {"probability": p[:n]}
         if all(self.paraphrased):
             found["paraphrase_probability"] = np.array([p[i].mean() for i in self.paraphrased])
+        if all(right >= n for right in self.right):
+            found["paraphrased_answer_probability"] = p[self.right]
         if all(self.perturbed):
             ranks = [answer_rank(p[i], p[wrong].tolist()) for i, wrong in enumerate(self.perturbed)]
             found["rank"] = np.array(ranks, dtype=np.float64)

@@ -18,7 +18,7 @@ from manifold_unlearn.activations.models import load_model
 from manifold_unlearn.artifact import digest, replacing, write_json
 from manifold_unlearn.testbed.training import Recipe
 
-VERSION = 1
+VERSION = 2
 """Of the training code; another version trains anew."""
 
 _MANIFEST = "testbed.json"

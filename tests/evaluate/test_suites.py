@@ -50,6 +50,7 @@ def test_every_metric_by_its_formula(model, tokenizer, eos):
     assert list(found) == [
         "probability",
         "paraphrase_probability",
+        "paraphrased_answer_probability",
         "rank",
         "truth_ratio",
         "rouge_l_recall",
@@ -64,6 +65,7 @@ def test_every_metric_by_its_formula(model, tokenizer, eos):
         expected = {
             "probability": right[0],
             "paraphrase_probability": reworded.mean(),
+            "paraphrased_answer_probability": restated[0],
             "rank": 1 + (wrong >= right).sum(),
             "truth_ratio": ratio,
             "rouge_l_recall": rouge_l_recall(said, item.answer),
@@ -71,6 +73,14 @@ def test_every_metric_by_its_formula(model, tokenizer, eos):
         for name, value in expected.items():
             assert found[name].values[i] == pytest.approx(value, rel=1e-3), name
     assert all(metric.name == name for name, metric in found.items())
+
+
+def test_answers_without_words_are_left_out_of_rouge_and_counted(model, tokenizer):
+    odd = [*FACTS, Item("Two times three is", "?!")]
+    with pytest.warns(UserWarning, match="1 of 3 answers have no words"):
+        found = assess(plain(model), tokenizer, odd, max_new_tokens=3)
+    assert len(found["rouge_l_recall"].values) == 2
+    assert len(found["probability"].values) == 3
 
 
 def test_without_a_paraphrased_answer_the_ratio_is_to_the_answer(llama, tokenizer):
