@@ -25,6 +25,7 @@ from manifold_unlearn.finetune import TrainConfig, objective, train
 from manifold_unlearn.report import attack_curves
 from manifold_unlearn.testbed import load_testbed
 
+COMMAND = "python experiments/forgetting.py"
 TEMPLATE = "Question: {question}\nAnswer:"
 
 
