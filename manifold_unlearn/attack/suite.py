@@ -307,7 +307,9 @@ def attack_gaps(results: AttackResults, reference: AttackResults) -> list[Attack
         if other is None:
             continue
         alike = curve.metric == other.metric and curve.values.shape[1] == other.values.shape[1]
-        if not alike or curve.spent[-1] != other.spent[-1]:
+        # candidates of a search that do not survive tokenizing cost no pass: budgets vary by those
+        unequal = abs(curve.spent[-1] - other.spent[-1]) > 0.05 * other.spent[-1]
+        if not alike or unequal:
             raise ValueError(
                 f"{name}: {curve.values.shape[1]} items, {curve.metric}, {curve.spent[-1]:g} "
                 f"{curve.unit} against {other.values.shape[1]}, {other.metric}, "

@@ -210,7 +210,8 @@ def judge(
     Returns
     -------
     Judgement
-        ``"forgotten"`` from an overall nearness of .9, ``"untouched"`` up to .1.
+        ``"forgotten"`` from .9 for the harmonic mean of memorization and privacy, ``"untouched"``
+        where no part is nearer than .1.
 
     Raises
     ------
@@ -245,7 +246,7 @@ def judge(
         )
     ungated = _combine(nearness, utility)
     return Judgement(
-        verdict="destroyed" if utility < destroyed_below else _verdict(ungated),
+        verdict="destroyed" if utility < destroyed_below else _verdict(ungated, nearness),
         relative_utility=utility,
         aggregates=gate(ungated, utility, destroyed_below=destroyed_below),
         ungated=ungated,
@@ -279,12 +280,11 @@ def _combine(nearness: Mapping[str, float], utility: float) -> Aggregates:
     return Aggregates(memorization, mia, privacy, utility, mean([*measured, utility]))
 
 
-def _verdict(found: Aggregates) -> Verdict:
+def _verdict(found: Aggregates, nearness: Mapping[str, float]) -> Verdict:
     measured = [value for value in (found.memorization, found.privacy) if value is not None]
-    forgotten = harmonic_mean(measured)
-    if forgotten >= 0.9:
+    if harmonic_mean(measured) >= 0.9:
         return "forgotten"
-    return "untouched" if forgotten <= 0.1 else "partly forgotten"
+    return "untouched" if max(nearness.values()) <= 0.1 else "partly forgotten"
 
 
 def _require(names: Any, parts: Mapping[str, float], what: str) -> None:

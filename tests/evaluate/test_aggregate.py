@@ -101,6 +101,13 @@ def test_the_target_scores_zero_forgetting():
     assert aggregates.utility == 1
 
 
+def test_one_part_left_as_it_was_is_partly_forgotten_and_no_more():
+    parts = RETRAINED | {"extraction_strength": TARGET["extraction_strength"]}
+    found = judge(parts, target=TARGET, retrained=RETRAINED)
+    assert found.aggregates.memorization == 0
+    assert found.verdict == "partly forgotten"
+
+
 def test_the_retrained_model_scores_perfect():
     found = judge(RETRAINED, target=TARGET, retrained=RETRAINED)
     assert found.verdict == "forgotten"
