@@ -9,8 +9,6 @@ import numpy as np
 from scipy import stats
 from torch import Tensor
 
-from manifold_unlearn.evaluate.rouge import rouge_l_recall as rouge_l_recall
-
 PUBLISHED_SMOOTHING = 1e-10
 """What open-unlearning adds to the denominators of its ratios."""
 

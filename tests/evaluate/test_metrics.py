@@ -1,5 +1,4 @@
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,6 @@ from manifold_unlearn.evaluate.metrics import (
     model_utility,
     option_probability,
     perplexity,
-    rouge_l_recall,
     truth_ratio,
     truth_ratio_preference,
     truth_ratio_probability,
@@ -83,56 +81,6 @@ def test_the_two_published_forms():
     ratios = np.array([0.25, 1.0, 4.0])
     np.testing.assert_allclose(truth_ratio_symmetric(ratios), [0.25, 1, 0.25])
     np.testing.assert_allclose(truth_ratio_preference(ratios), [0.75, 0, 0])
-
-
-@pytest.mark.parametrize(
-    ("said", "wanted", "recall"),
-    [
-        ("the cat sat", "the cat sat on the mat", 3 / 6),
-        ("mat the on sat cat the", "the cat sat", 2 / 3),
-        ("It is Paris, of course!", "paris", 1),
-        ("", "paris", 0),
-        ("x-ray 2nd", "X ray, 2nd", 1),
-        ("a b a c", "a c a b", 2 / 4),
-    ],
-)
-def test_rouge_by_hand(said, wanted, recall):
-    assert rouge_l_recall(said, wanted) == pytest.approx(recall)
-
-
-def brute_force(a, b):
-    """Longest common subsequence by its recursion."""
-
-    @cache
-    def longest(i, j):
-        if i == len(a) or j == len(b):
-            return 0
-        if a[i] == b[j]:
-            return 1 + longest(i + 1, j + 1)
-        return max(longest(i + 1, j), longest(i, j + 1))
-
-    return longest(0, 0)
-
-
-words = st.lists(st.sampled_from(["ab", "cd", "e", "ab3"]), max_size=9)
-
-
-@settings(deadline=None, derandomize=True, max_examples=60)
-@given(said=words, wanted=words.filter(bool))
-def test_rouge_is_the_longest_common_subsequence(said, wanted):
-    expected = brute_force(tuple(said), tuple(wanted)) / len(wanted)
-    assert rouge_l_recall(" ".join(said), ", ".join(wanted)) == pytest.approx(expected)
-
-
-def test_a_stemmer_is_used_on_longer_words_only():
-    stem = lambda word: word.rstrip("s")  # noqa: E731
-    assert rouge_l_recall("cats and his", "cat and hi") == pytest.approx(1 / 3)
-    assert rouge_l_recall("cats and his", "cat and hi", stem=stem) == pytest.approx(2 / 3)
-
-
-def test_a_reference_without_words_is_refused():
-    with pytest.raises(ValueError, match="reference answer '...' has no words"):
-        rouge_l_recall("x", "...")
 
 
 def test_forget_quality_of_a_model_with_itself():

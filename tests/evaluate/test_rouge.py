@@ -44,6 +44,9 @@ def brute_force(a, b):
 words = st.lists(st.sampled_from("abcd"), max_size=70)
 
 
+short = st.lists(st.sampled_from(["ab", "cd", "e", "ab3"]), max_size=9)
+
+
 @settings(deadline=None, derandomize=True, max_examples=80)
 @given(a=words, b=words)
 def test_the_longest_common_subsequence_is_that_of_its_recursion(a, b):
@@ -110,3 +113,36 @@ def test_parity_with_the_rouge_package_and_its_stemmer():
         expected = theirs.score(wanted, said)["rougeL"]
         assert rouge_l_recall(said, wanted, stem=stem) == pytest.approx(expected.recall)
         assert rouge_l_f1(said, wanted, stem=stem) == pytest.approx(expected.fmeasure)
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted", "recall"),
+    [
+        ("the cat sat", "the cat sat on the mat", 3 / 6),
+        ("mat the on sat cat the", "the cat sat", 2 / 3),
+        ("It is Paris, of course!", "paris", 1),
+        ("", "paris", 0),
+        ("x-ray 2nd", "X ray, 2nd", 1),
+        ("a b a c", "a c a b", 2 / 4),
+    ],
+)
+def test_rouge_by_hand(said, wanted, recall):
+    assert rouge_l_recall(said, wanted) == pytest.approx(recall)
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(said=short, wanted=short.filter(bool))
+def test_rouge_is_the_longest_common_subsequence(said, wanted):
+    expected = brute_force(tuple(said), tuple(wanted)) / len(wanted)
+    assert rouge_l_recall(" ".join(said), ", ".join(wanted)) == pytest.approx(expected)
+
+
+def test_a_stemmer_is_used_on_longer_words_only():
+    stem = lambda word: word.rstrip("s")  # noqa: E731
+    assert rouge_l_recall("cats and his", "cat and hi") == pytest.approx(1 / 3)
+    assert rouge_l_recall("cats and his", "cat and hi", stem=stem) == pytest.approx(2 / 3)
+
+
+def test_a_reference_without_words_is_refused():
+    with pytest.raises(ValueError, match="reference answer '...' has no words"):
+        rouge_l_recall("x", "...")
