@@ -93,6 +93,8 @@ def _draw(ax: Axes, curves: Mapping[str, AttackCurve], looks: Mapping[str, dict[
         ax.plot(curve.spent, curve.values.mean(axis=1), **looks[name])
     if len(positive) and positive.max() > _LOGARITHMIC * positive.min():
         ax.set_xscale("symlog", linthresh=float(positive.min()))
+        decades = range(ceil(np.log10(positive.min())), ceil(np.log10(positive.max()) + 1e-9))
+        ax.set_xticks([0, *(10.0**power for power in decades)])
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     first = next(iter(curves.values()))
     ax.set(
