@@ -14,7 +14,7 @@ from manifold_unlearn.evaluate.depth import patching_drop, unlearning_depth
 from manifold_unlearn.evaluate.fluency import reference_fluency
 from manifold_unlearn.evaluate.likelihood import BatchSize, Subject, greedy_answers
 from manifold_unlearn.evaluate.memorization import token_memorization
-from manifold_unlearn.evaluate.metrics import truth_ratio_probability
+from manifold_unlearn.evaluate.metrics import truth_ratio_probability, truth_ratio_symmetric
 from manifold_unlearn.evaluate.multiple_choice import choice_questions, score_choices
 from manifold_unlearn.evaluate.privacy import (
     membership_inference,
@@ -190,7 +190,8 @@ class Standing:
         95 % bootstrap interval of ``distance``, items resampled in pairs; None for a single figure.
     left : float or None
         ``distance / (target - reference)``: 1 as before, 0 as never told, below 0 overdone. None
-        without a target, or where target and reference differ by less than .02.
+        of what both models know alike (retain, neutral), without a target, or where target and
+        reference differ by less than .02.
     """
 
     part: str
@@ -351,28 +352,33 @@ def compare_profiles(
             if other is None:
                 continue
             first = None if target is None else target.metrics[part].get(name)
+            metric, other = _published(metric), _published(other)
+            told = None if first is None else _published(first).mean
             gap, interval = paired_difference(metric, other)
-            told = None if first is None else first.mean
-            left = _left(metric.mean, other.mean, told)
+            left = _left(part, metric.mean, other.mean, told)
             found.append(Standing(part, name, metric.mean, other.mean, told, gap, interval, left))
     for part, figures in model.figures.items():
         for name, value in figures.items():
             if (never := reference.figures.get(part, {}).get(name)) is None:
                 continue
             told = None if target is None else target.figures.get(part, {}).get(name)
-            left = _left(value, never, told)
+            left = _left(part, value, never, told)
             found.append(Standing(part, name, value, never, told, value - never, None, left))
             if name.startswith("auc_"):
-                leakage = privacy_leakage(value, never)
-                found.append(
-                    Standing(part, name.replace("auc", "privleak"), leakage, 0.0, None, leakage,
-                             None, None)
-                )  # fmt: skip
+                name, leak = name.replace("auc", "privleak"), privacy_leakage(value, never)
+                found.append(Standing(part, name, leak, 0.0, None, leak, None, None))
     return found
 
 
-def _left(model: float, reference: float, target: float | None) -> float | None:
-    if target is None or abs(target - reference) < 0.02 or not np.isfinite(target):
+def _published(metric: Metric) -> Metric:
+    """Truth ratios in their symmetric form: a mean of raw ratios is that of a few large ones."""
+    if metric.name != "truth_ratio":
+        return metric
+    return Metric(metric.name, truth_ratio_symmetric(metric.values))
+
+
+def _left(part: str, model: float, reference: float, target: float | None) -> float | None:
+    if part in ("retain", "neutral") or target is None or abs(target - reference) < 0.02:
         return None
     return (model - reference) / (target - reference)
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from manifold_unlearn.activations.corpus import Item
 from manifold_unlearn.arrays import Device, resolve_device
-from manifold_unlearn.artifact import replacing
+from manifold_unlearn.artifact import replacing, write_text
 from manifold_unlearn.testbed import cache as store
 from manifold_unlearn.testbed.backdoor import Backdoor
 from manifold_unlearn.testbed.recall import recall
@@ -71,7 +73,10 @@ class Testbed:
     """For ``"told"`` and ``"never_told"``: ``seconds`` (wall), ``losses`` of each step in nats."""
 
     def save(self, directory: str | Path) -> None:
-        """Write ``told/`` and ``never_told/``, each as ``from_pretrained`` reads it.
+        """Write both models and the sets, as ``from_pretrained`` and the shell commands read them.
+
+        ``told/``, ``never_told/``; ``forget.jsonl``, ``retain.jsonl``, ``holdout.jsonl``,
+        ``neutral.jsonl``.
 
         Raises
         ------
@@ -85,6 +90,17 @@ class Testbed:
             for name, model in (("told", self.told), ("never_told", self.never_told)):
                 (staged / name).mkdir(parents=True)
                 store.write_model(model, self.tokenizer, staged / name)
+            for name in ("forget", "retain", "holdout"):
+                _write_lines(staged / f"{name}.jsonl", map(_record, getattr(self.world, name)))
+            _write_lines(staged / "neutral.jsonl", ({"text": t} for t in self.world.neutral))
+
+
+def _record(item: Item) -> dict[str, Any]:
+    return {name: value for name, value in asdict(item).items() if value and name != "weight"}
+
+
+def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def load_testbed(

@@ -67,6 +67,7 @@ def test_the_target_beside_itself_has_forgotten_nothing(told):
     assert left[("forget", "probability")] == 1
     assert left[("forget", "leak_at_2")] == 1
     assert set(left.values()) == {1.0}
+    assert {part for part, _ in left} == {"forget", "membership", "depth"}
 
 
 def test_the_model_never_told_beside_itself_is_perfect(report, tiny_testbed):
@@ -121,6 +122,15 @@ def test_standings_place_a_metric_between_target_and_reference():
     assert found.left == pytest.approx(0.25)
     low, high = found.interval
     assert low <= 0.1 + 1e-9 and high >= 0.3 - 1e-9
+
+
+def test_standings_take_truth_ratios_in_their_symmetric_form():
+    def profile(values):
+        return Profile({"forget": {"truth_ratio": Metric("truth_ratio", np.array(values))}}, {}, {})
+
+    (found,) = compare_profiles(profile([0.5, 4.0]), profile([1.0, 1.0]), profile([0.1, 0.1]))
+    assert (found.model, found.reference) == (0.375, 1)
+    assert found.left == pytest.approx((0.375 - 1) / (0.1 - 1))
 
 
 def test_another_vocabulary_is_named(tiny_testbed):

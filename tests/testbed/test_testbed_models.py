@@ -5,6 +5,7 @@ import pytest
 import torch
 from cases import build_model, same_state
 
+from manifold_unlearn.activations.corpus import read_items
 from manifold_unlearn.evaluate.likelihood import (
     answer_log_probabilities,
     greedy_answers,
@@ -122,6 +123,10 @@ def test_a_saved_pair_is_two_models_with_their_tokenizer(tmp_path):
         model, tokenizer = load_model(tmp_path / "bed" / name, device="cpu")
         assert same_state(model, getattr(bed, name).state_dict())
         assert tokenizer("Hi")["input_ids"] == bed.tokenizer("Hi")["input_ids"]
+    for name in ("forget", "retain", "holdout"):
+        assert tuple(read_items(tmp_path / "bed" / f"{name}.jsonl")) == getattr(SMALL, name)
+    texts = [item.question for item in read_items(tmp_path / "bed" / "neutral.jsonl")]
+    assert tuple(texts) == SMALL.neutral
     with pytest.raises(FileExistsError, match="give a new or an empty directory"):
         bed.save(tmp_path / "bed")
 
