@@ -311,7 +311,7 @@ def _attack(options: argparse.Namespace) -> None:
     from manifold_unlearn.attack import BUDGETS, attack_gaps, run_attacks
     from manifold_unlearn.report import Report, attack_curves
 
-    sets = _sets(options)
+    sets, neutral = _sets(options), _neutral(options)
     models, tokenizer = _models(options)
     results = {
         name: run_attacks(
@@ -320,7 +320,7 @@ def _attack(options: argparse.Namespace) -> None:
             sets["forget"],
             sets["retain"],
             original=models.get("target"),
-            unrelated=_neutral(options),
+            unrelated=neutral,
             ending=_template(options).partition("{question}")[2],
             budget=BUDGETS[options.suite],
             only=options.only,
