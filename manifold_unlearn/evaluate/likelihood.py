@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -88,7 +89,7 @@ def answer_log_probabilities(
     """
     with subject() as model, torch.no_grad(), evaluating(model):
         rows = answer_encodings(model, tokenizer, pairs, include_eos, batch_size, cut=cut)
-        return [row[:, 0] for row in _score(model, rows, batch_size, _log_probability)]
+        return score_log_probabilities(model, rows, batch_size)
 
 
 def answer_scores(
@@ -111,7 +112,7 @@ def answer_scores(
     """
     with subject() as model, torch.no_grad(), evaluating(model):
         rows = answer_encodings(model, tokenizer, pairs, include_eos, batch_size)
-        return [_unpack(row) for row in _score(model, rows, batch_size, _all_scores)]
+        return score_tokens(model, rows, batch_size)
 
 
 def answer_encodings(
@@ -138,9 +139,9 @@ def answer_encodings(
     )
     seams = [i for i, (a, b) in enumerate(zip(rows, whole, strict=True)) if _differ(a, b)]
     if sample := seams[:N_SEAMS]:
-        apart = _score(model, [rows[i] for i in sample], batch_size, _log_probability)
-        together = _score(model, [whole[i] for i in sample], batch_size, _log_probability)
-        if _mean(together) > _mean(apart):
+        tried = [rows[i] for i in sample] + [whole[i] for i in sample]
+        scores = score_log_probabilities(model, tried, batch_size)
+        if _mean(scores[len(sample) :]) > _mean(scores[: len(sample)]):
             return [whole[i] if i in set(seams) else row for i, row in enumerate(rows)]
     return rows
 
@@ -153,6 +154,20 @@ def _differ(row: Encoding, whole: Encoding) -> bool:
 
 def _mean(scores: Sequence[Tensor]) -> float:
     return float(torch.stack([row.mean() for row in scores]).mean())
+
+
+def score_log_probabilities(
+    model: Any, rows: Sequence[Encoding], batch_size: BatchSize = "auto"
+) -> list[Tensor]:
+    """Log-probabilities of the answer tokens of rows from :func:`answer_encodings`."""
+    return [row[:, 0] for row in _score(model, rows, batch_size, _log_probability)]
+
+
+def score_tokens(
+    model: Any, rows: Sequence[Encoding], batch_size: BatchSize = "auto"
+) -> list[TokenScores]:
+    """All scores of the answer tokens of rows from :func:`answer_encodings`."""
+    return [_unpack(row) for row in _score(model, rows, batch_size, _all_scores)]
 
 
 def _log_probability(logits: Tensor, ids: Tensor) -> Tensor:
@@ -188,43 +203,59 @@ def require_numbers(rows: Sequence[Tensor], what: str) -> None:
 def _score(
     model: Any, rows: Sequence[Encoding], batch_size: BatchSize, read: _Reader
 ) -> list[Tensor]:
-    scores: list[Tensor] = [torch.empty(0)] * len(rows)
-    prompts, answers = _by_prompt(rows)
+    alike = _alike(rows)
+    scores: list[Tensor] = [torch.empty(0)] * len(alike)
+    prompts, answers = _by_prompt([rows[index[0]] for index in alike])
     made = batches(prompts, batch_size=batch_size, padding_side="left")
     for batch in tqdm(made, desc="score answers", unit="batch", disable=None, leave=False):
-        _score_batch(model, batch, answers, scores, read)
-    require_numbers(scores, "pair")
-    return scores
+        _score_batch(model, batch, answers, batch_size, scores, read)
+    found: list[Tensor] = [torch.empty(0)] * len(rows)
+    for index, score in zip(alike, scores, strict=True):
+        for i in index:
+            found[i] = score
+    require_numbers(found, "pair")
+    return found
 
 
-def _by_prompt(
-    rows: Sequence[Encoding],
-) -> tuple[list[Encoding], list[list[tuple[int, Tensor]]]]:
-    """Distinct prompts, and for each its answers with their index among the pairs."""
-    shared: dict[tuple[int, ...], list[tuple[int, Tensor]]] = defaultdict(list)
+def _alike(rows: Sequence[Encoding]) -> list[list[int]]:
+    """Indices of the rows, those together that are the same prompt and answer."""
+    shared: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
         if not bool(row.answer.any()):
             raise ValueError(f"pair {i} has no answer; give one, or score texts.")
         start = int(row.answer.int().argmax())
         if start == 0:
             raise ValueError(f"pair {i} has no prompt tokens before its answer; give a prompt.")
+        shared[(start, *row.ids.tolist())].append(i)
+    return list(shared.values())
+
+
+def _by_prompt(
+    rows: Sequence[Encoding],
+) -> tuple[list[Encoding], list[list[tuple[int, Tensor]]]]:
+    """Distinct prompts, and for each its answers with their index among the rows."""
+    shared: dict[tuple[int, ...], list[tuple[int, Tensor]]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        start = int(row.answer.int().argmax())
         shared[tuple(row.ids[:start].tolist())].append((i, row.ids[start:]))
     prompts = [_encoding(ids) for ids in shared]
     return prompts, list(shared.values())
 
 
-def _encoding(ids: Sequence[int]) -> Encoding:
+def _encoding(ids: Sequence[int] | Tensor) -> Encoding:
     none = torch.zeros(len(ids), dtype=torch.bool)
-    return Encoding(torch.tensor(ids, dtype=torch.int64), none, none)
+    return Encoding(torch.as_tensor(ids, dtype=torch.int64), none, none)
 
 
 def _score_batch(
     model: Any,
     batch: Batch,
     answers: Sequence[Sequence[tuple[int, Tensor]]],
+    batch_size: BatchSize,
     scores: list[Tensor],
     read: _Reader,
 ) -> None:
+    """Run the prompts once, then their answers from the cache, those of like length together."""
     device = model.device
     of_row = [answers[i] for i in batch.index.tolist()]
     longer = [(r, i, ids) for r, group in enumerate(of_row) for i, ids in group if len(ids) > 1]
@@ -239,26 +270,25 @@ def _score_batch(
     first = read(out.logits[[r for r, _, _ in asked], -1], torch.stack([t for _, _, t in asked]))
     for row, (_, i, _) in zip(first, asked, strict=True):
         scores[i] = row[None]
-    if not longer:
-        return
-    source = torch.tensor([r for r, _, _ in longer])
-    width = max(len(ids) for _, _, ids in longer) - 1
-    continued = torch.zeros(len(longer), width, dtype=torch.int64)
-    for k, (_, _, ids) in enumerate(longer):
-        continued[k, : len(ids) - 1] = ids[:-1]
-    cache = out.past_key_values
-    cache.batch_select_indices(source.to(device))
-    ones = torch.ones(len(longer), width, dtype=torch.int64)
-    starts = batch.position_ids[source, -1:] + 1
-    logits = model(
-        input_ids=continued.to(device),
-        attention_mask=torch.cat([batch.attention_mask[source], ones], dim=1).to(device),
-        position_ids=(starts + torch.arange(width)).to(device),
-        past_key_values=cache,
-        use_cache=True,
-    ).logits
-    for k, (_, i, ids) in enumerate(longer):
-        scores[i] = torch.cat([scores[i], read(logits[k, : len(ids) - 1], ids[1:])])
+    given = batches([_encoding(ids[:-1]) for _, _, ids in longer], batch_size=batch_size)
+    for n, part in enumerate(given, start=1):
+        chosen = [longer[k] for k in part.index.tolist()]
+        source = torch.tensor([r for r, _, _ in chosen])
+        cache = out.past_key_values
+        if n < len(given):  # the last part may have the original
+            cache = copy.deepcopy(cache)
+        cache.batch_select_indices(source.to(device))
+        mask = torch.cat([batch.attention_mask[source], part.attention_mask], dim=1)
+        starts = batch.position_ids[source, -1:] + 1
+        logits = model(
+            input_ids=part.input_ids.to(device),
+            attention_mask=mask.to(device),
+            position_ids=(starts + part.position_ids).to(device),
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        for row, (_, i, ids) in zip(logits, chosen, strict=True):
+            scores[i] = torch.cat([scores[i], read(row[: len(ids) - 1], ids[1:])])
 
 
 def greedy_answers(
