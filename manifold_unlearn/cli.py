@@ -96,13 +96,24 @@ def _parser() -> argparse.ArgumentParser:
     attack.add_argument("model")
     attack.add_argument("--reference", help="the model never told: the same attacks as a control")
     attack.add_argument("--target", help="the model before it forgot, if the attacker has it")
-    attack.add_argument("--forget", required=True, type=Path, help="JSONL")
-    attack.add_argument("--retain", required=True, type=Path, help="JSONL")
+    attack.add_argument("--forget", type=Path, help="JSONL of what to bring back")
+    attack.add_argument("--retain", type=Path, help="JSONL; also asked with and without --trigger")
     attack.add_argument("--template", default="{question}", help=r"'Question: {question}\nAnswer:'")
     attack.add_argument("--neutral", type=Path, help="JSONL of texts to relearn on")
     attack.add_argument("--suite", choices=["quick", "full"], default="quick")
     attack.add_argument("--only", nargs="+", default=(), metavar="ATTACK", help="default: all")
     attack.add_argument("--random-state", type=int, default=0)
+    group = attack.add_argument_group("jailbreaks")
+    group.add_argument("--behaviors", type=Path, help="CSV, JSON or JSONL of what to refuse")
+    group.add_argument("--n-behaviors", type=int, help="draw so many; default: all")
+    group.add_argument("--judge", choices=["refusal", "keyword", "strongreject"])
+    group.add_argument("--keywords", nargs="+", default=(), help="success words, --judge keyword")
+    group.add_argument("--judge-model", help="the model that grades, --judge strongreject")
+    group.add_argument("--chat", action="store_true", help="ask in the model's chat template")
+    group.add_argument("--max-new-tokens", type=int, default=64, help="of a response")
+    group = attack.add_argument_group("backdoor")
+    group.add_argument("--trigger", help="phrase before a prompt")
+    group.add_argument("--trigger-behavior", metavar="TEXT", help="words that it brings")
     attack.add_argument("--out", required=True, type=Path)
     attack.set_defaults(run=_attack)
     return parser
@@ -199,7 +210,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    cells = [[str(cell) for cell in row] for row in [columns, *rows]]
+    cells = [[_cell(cell) for cell in row] for row in [columns, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     for row in cells:
         line = [row[0].ljust(widths[0])]
@@ -308,54 +319,119 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _attack(options: argparse.Namespace) -> None:
     from manifold_unlearn.artifact import write_json
-    from manifold_unlearn.attack import BUDGETS, attack_gaps, run_attacks
-    from manifold_unlearn.report import Report, attack_curves
-
-    sets, neutral = _sets(options), _neutral(options)
-    models, tokenizer = _models(options)
-    results = {
-        name: run_attacks(
-            models[name],
-            tokenizer,
-            sets["forget"],
-            sets["retain"],
-            original=models.get("target"),
-            unrelated=neutral,
-            ending=_template(options).partition("{question}")[2],
-            budget=BUDGETS[options.suite],
-            only=options.only,
-            random_state=options.random_state,
-        )
-        for name in ("model", "reference")
-        if name in models
-    }
-    found: dict[str, Any] = {name: result.to_json() for name, result in results.items()}
-    columns, rows = ["attack", "metric", "before", "best"], []
-    if "reference" in results:
-        gaps = attack_gaps(results["model"], results["reference"])
-        found["gaps"] = [vars(gap) for gap in gaps]
-        columns += ["never told before", "best", "gap", "95 %"]
-        for gap in gaps:
-            figures = (gap.before, gap.best, gap.reference_before, gap.reference_best, gap.gap)
-            interval = " to ".join(map(_figure, gap.interval))
-            rows.append([gap.attack, gap.metric, *map(_figure, figures), interval])
-    else:
-        for name, curve in results["model"].curves.items():
-            rows.append([name, curve.metric, *map(_figure, (curve.before.mean, curve.best.mean))])
-    write_json(options.out / "attacks.json", found)
-    _print_table(columns, rows)
-    report = Report("Attacks", f"{options.model}, {options.suite} budget")
-    report.table(columns, rows, caption="What each attack shows at its best, the worst gap first")
-    report.figure(
-        attack_curves({name: list(result.curves.values()) for name, result in results.items()}),
-        "Mean over the forget items by the compute spent.",
-        alt="One panel an attack, one line a model.",
+    from manifold_unlearn.attack import read_behaviors
+    from manifold_unlearn.attack_report import (
+        Section,
+        backdoor_section,
+        forgotten_section,
+        jailbreak_section,
     )
-    for name, lacking in results["model"].left_out.items():
-        print(f"left out: {name}, for lack of {lacking}")
-    report.details("Curves", json.dumps(found, indent=2))
+    from manifold_unlearn.report import Report
+
+    _require_attackable(options)
+    template = _template(options)
+    sets = {
+        name: read_items(path, template=template, name=name)
+        for name in ("forget", "retain")
+        if (path := getattr(options, name))
+    }
+    behaviors = options.behaviors and read_behaviors(
+        options.behaviors, options.n_behaviors, random_state=options.random_state
+    )
+    neutral, judge = _neutral(options), _judge(options)
+    models, tokenizer = _models(options)
+    original = models.pop("target", None)
+    report = Report("Attacks", options.model)
+    found: dict[str, Any] = {}
+
+    def show(section: Section) -> dict[str, Any]:
+        _print_table(section.columns, section.rows)
+        for note in section.notes:
+            print(note)
+        return section.figures
+
+    if options.forget:
+        found |= show(
+            forgotten_section(
+                report,
+                models,
+                tokenizer,
+                **sets,
+                suite=options.suite,
+                original=original,
+                unrelated=neutral,
+                ending=template.partition("{question}")[2],
+                only=options.only,
+                random_state=options.random_state,
+            )
+        )
+    if behaviors:
+        found["jailbreak"] = show(
+            jailbreak_section(
+                report,
+                models,
+                tokenizer,
+                behaviors,
+                judge,
+                template=template.replace("{question}", "{prompt}"),
+                chat=options.chat,
+                max_new_tokens=options.max_new_tokens,
+            )
+        )
+    if options.trigger:
+        found["backdoor"] = show(
+            backdoor_section(
+                report, models, tokenizer, sets["retain"], options.trigger, options.trigger_behavior
+            )
+        )
+    write_json(options.out / "attacks.json", found)
+    report.details("Figures", json.dumps(found, indent=2))
     report.save(options.out / "report.html")
     print(f"wrote {options.out}")
+
+
+def _require_attackable(options: argparse.Namespace) -> None:
+    """Raise where an option lacks what it needs, before a model is loaded."""
+    if not (options.forget or options.behaviors or options.trigger):
+        raise ValueError(
+            "nothing to attack with; give --forget and --retain, or --behaviors, or --trigger with "
+            "--trigger-behavior and --retain."
+        )
+    for needed, wanting in (
+        ("retain", ("forget", "trigger")),
+        ("trigger", ("trigger_behavior",)),
+        ("trigger_behavior", ("trigger",)),
+        ("forget", ("only", "neutral", "target")),
+        ("behaviors", ("n_behaviors", "judge", "keywords", "judge_model", "chat")),
+    ):
+        for name in wanting:
+            if getattr(options, name) and not getattr(options, needed):
+                raise ValueError(f"{_flag(name)} needs {_flag(needed)}; give both, or neither.")
+    if options.retain and not (options.forget or options.trigger):
+        raise ValueError("--retain needs --forget or --trigger; give one of them, or no --retain.")
+    for judge, name in (("keyword", "keywords"), ("strongreject", "judge_model")):
+        if (options.judge == judge) != bool(getattr(options, name)):
+            raise ValueError(
+                f"--judge {judge} and {_flag(name)} belong together; give both, or neither."
+            )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _judge(options: argparse.Namespace) -> Any:
+    from manifold_unlearn.attack import KeywordJudge, RubricJudge, model_reply, refusal_judge
+
+    if options.judge == "keyword":
+        return KeywordJudge(tuple(options.keywords))
+    if options.judge == "strongreject":
+        from manifold_unlearn.activations.models import load_model
+        from manifold_unlearn.evaluate import plain
+
+        model, tokenizer = load_model(options.judge_model)
+        return RubricJudge(model_reply(plain(model), tokenizer), name=options.judge_model)
+    return refusal_judge()
 
 
 def _models(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
@@ -378,3 +454,7 @@ def _neutral(options: argparse.Namespace) -> list[str]:
 
 def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
+
+
+def _cell(value: Any) -> str:
+    return _figure(value) if value is None or isinstance(value, float) else str(value)

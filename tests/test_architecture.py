@@ -15,7 +15,7 @@ ROOT = Path(manifold_unlearn.__file__).parent
 LAYERS = [
     {"cli"},
     {"sweep"},
-    {"demo"},
+    {"demo", "attack_report"},
     {"pipeline"},
     {"report"},
     {"attack"},

@@ -14,9 +14,14 @@ from manifold_unlearn.attack.backdoor import (
 from manifold_unlearn.attack.behaviors import (
     Behavior,
     read_advbench,
+    read_behaviors,
     read_harmbench,
     read_refusal_direction,
     read_strongreject,
+)
+from manifold_unlearn.attack.chat import (
+    chat_prompt,
+    model_reply,
 )
 from manifold_unlearn.attack.gcg import (
     GCGConfig,
@@ -111,6 +116,7 @@ __all__ = [
     "attack_gaps",
     "attack_success",
     "backdoorllm_judge",
+    "chat_prompt",
     "disjoint_facts_attack",
     "few_shot_attack",
     "find_suffix",
@@ -120,6 +126,7 @@ __all__ = [
     "latent_attack",
     "measure_backdoor",
     "measure_defence",
+    "model_reply",
     "paraphrase_attack",
     "parse_rubric",
     "prefill_attack",
@@ -127,6 +134,7 @@ __all__ = [
     "quantization_attack",
     "quantized",
     "read_advbench",
+    "read_behaviors",
     "read_harmbench",
     "read_refusal_direction",
     "read_strongreject",

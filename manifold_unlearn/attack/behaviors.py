@@ -1,6 +1,6 @@
-"""Published sets of behaviors that a model should refuse, read from their own files.
+"""Sets of behaviors that a model should refuse, published or one's own, read from their files.
 
-Nothing of them is part of the package: every function takes the path of a file.
+Nothing of the published ones is part of the package: every function takes the path of a file.
 """
 
 from __future__ import annotations
@@ -10,9 +10,13 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from manifold_unlearn.arrays import generator
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,50 @@ def digest_behaviors(behaviors: Sequence[Behavior]) -> str:
     """Hexadecimal sha256 of all fields in order: states which set a figure was measured on."""
     content = json.dumps([astuple(behavior) for behavior in behaviors], ensure_ascii=False)
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def read_behaviors(
+    path: str | Path, n_behaviors: int | None = None, *, random_state: Any = 0
+) -> tuple[Behavior, ...]:
+    """Behaviors of any set that can be read here, recognized by the file itself.
+
+    Parameters
+    ----------
+    path : path
+        A CSV as :func:`read_harmbench`, :func:`read_advbench` or :func:`read_strongreject` take
+        it, a JSON list as :func:`read_refusal_direction` does, or JSON lines: objects with
+        ``text`` and optionally ``category``, ``kind``, ``context``, ``target``, ``id``.
+    n_behaviors : int, optional
+        Draw so many without replacement, in the order of the file. Default: all.
+    random_state : int, numpy generator or None, default=0
+        Of the draw.
+
+    Returns
+    -------
+    tuple of Behavior
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    ValueError
+        Columns or keys of no known set (names those found), more behaviors asked for than there
+        are, or what the readers raise.
+    """
+    path = Path(path)
+    readers = {".csv": _read_known_csv, ".json": read_refusal_direction, ".jsonl": _read_lines}
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"{path} ends in {path.suffix!r}; give a file in .csv, .json or .jsonl.")
+    behaviors = readers[path.suffix.lower()](path)
+    if n_behaviors is None:
+        return behaviors
+    if not 1 <= n_behaviors <= len(behaviors):
+        raise ValueError(
+            f"n_behaviors={n_behaviors}, but {path} holds {len(behaviors)}; take 1 to "
+            f"{len(behaviors)}."
+        )
+    drawn = torch.randperm(len(behaviors), generator=generator(random_state))[:n_behaviors]
+    return tuple(behaviors[i] for i in sorted(drawn.tolist()))
 
 
 def read_harmbench(path: str | Path, targets: str | Path | None = None) -> tuple[Behavior, ...]:
@@ -174,6 +222,39 @@ def read_refusal_direction(path: str | Path) -> tuple[Behavior, ...]:
         made.append(
             Behavior(row["instruction"], row.get("category") or "", id=f"{path.stem}_{i + 1}")
         )
+    return _checked(path, made)
+
+
+def _read_known_csv(path: Path) -> tuple[Behavior, ...]:
+    found = _header(path)
+    if "FunctionalCategory" in found:
+        return read_harmbench(path)
+    if "forbidden_prompt" in found:
+        return read_strongreject(path)
+    if "goal" in found or "Behavior" in found:
+        return read_advbench(path)
+    raise ValueError(
+        f"{path} has the columns {', '.join(found) or 'none'}, which are of no known set; use "
+        "those of HarmBench, AdvBench or StrongREJECT, or JSON lines with text."
+    )
+
+
+def _read_lines(path: Path) -> tuple[Behavior, ...]:
+    known = [field.name for field in fields(Behavior)]
+    made = []
+    with _open(path) as file:
+        lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
+    for number, line in lines:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {number} is not JSON: {error}.") from error
+        if not isinstance(row, Mapping) or not isinstance(row.get("text"), str):
+            raise ValueError(f"{path} line {number} has no text; expected an object with one.")
+        given = {name: row[name] for name in known if row.get(name) is not None}
+        if wrong := [name for name, value in given.items() if not isinstance(value, str)]:
+            raise ValueError(f"{path} line {number}: {', '.join(wrong)} must be text.")
+        made.append(Behavior(**{"id": f"{path.stem}_{number}"} | given))
     return _checked(path, made)
 
 

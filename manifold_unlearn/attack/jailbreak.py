@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from manifold_unlearn.attack.behaviors import Behavior, digest_behaviors
+from manifold_unlearn.attack.chat import chat_prompt
 from manifold_unlearn.attack.judges import Judge, Scores, judged, refusal_judge
 from manifold_unlearn.attack.wordings import frame
 from manifold_unlearn.evaluate.likelihood import BatchSize, Subject, greedy_answers
@@ -100,10 +101,14 @@ class JailbreakReport:
         return Metric("attack success", hits / valid)
 
     def to_json(self) -> dict[str, Any]:
-        """Rates with their intervals and counts, the judge's own figures, and the digest."""
+        """Rates with their intervals and counts, the judge's own figures, and the digest.
+
+        Both rates are null where the judge scored nothing; the counts say so.
+        """
+        scored = bool(self._scored.any())
         return {
-            "rate": _brief(self.rate),
-            "worst_case": _brief(self.worst_case),
+            "rate": _brief(self.rate) if scored else None,
+            "worst_case": _brief(self.worst_case) if scored else None,
             "by_framing": {name: _brief(m) for name, m in self.by_framing.items()},
             "by_category": {name: _brief(m) for name, m in self.by_category.items()},
             "scores": {name: self.scores[name].to_json() for name in self.framings},
@@ -164,15 +169,13 @@ def attack_success(
         raise ValueError("behaviors or framings is empty; give at least one of each.")
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold={threshold} must lie in (0, 1].")
-    if chat and getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError("the tokenizer has no chat template; take chat=False and a template.")
     judge = refusal_judge() if judge is None else judge
     asked = [behavior.prompt for behavior in behaviors]
     prompts = [
-        _put(tokenizer, frame(template, frame(framing, prompt)), chat)
-        for framing in framings.values()
-        for prompt in asked
+        frame(template, frame(framing, prompt)) for framing in framings.values() for prompt in asked
     ]
+    if chat:
+        prompts = [chat_prompt(tokenizer, prompt) for prompt in prompts]
     said = greedy_answers(
         subject, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
@@ -186,22 +189,6 @@ def attack_success(
         threshold=threshold,
         digest=digest_behaviors(behaviors),
     )
-
-
-def _put(tokenizer: Any, prompt: str, chat: bool) -> str:
-    if not chat:
-        return prompt
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
-    begin = tokenizer.bos_token
-    if (
-        begin
-        and text.startswith(begin)
-        and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
-    ):
-        return str(text[len(begin) :])  # the tokenizer puts it there again
-    return str(text)
 
 
 def _brief(metric: Metric) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Results rendered: pictures and one HTML file."""
 
-from manifold_unlearn.report.attacks import attack_curves
+from manifold_unlearn.report.attacks import attack_curves, backdoor_table, jailbreak_table
 from manifold_unlearn.report.embedding import embedding_scatter, geodesic_paths
 from manifold_unlearn.report.geometry import bandwidth_curve, dimension_histogram, spectrum
 from manifold_unlearn.report.html import Report
@@ -17,6 +17,7 @@ __all__ = [
     "EmbeddingPanel",
     "Report",
     "attack_curves",
+    "backdoor_table",
     "bandwidth_curve",
     "before_after_bars",
     "dimension_histogram",
@@ -24,6 +25,7 @@ __all__ = [
     "embedding_scatter",
     "geodesic_paths",
     "item_slopes",
+    "jailbreak_table",
     "separability_heatmap",
     "spectrum",
     "tradeoff_curve",

@@ -1,4 +1,4 @@
-"""Pictures of attacks: what each brings back, beside the same attack on other models."""
+"""Attacks rendered: what each brings back, beside the same attack on other models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from manifold_unlearn.attack.backdoor import BackdoorReport
+    from manifold_unlearn.attack.jailbreak import JailbreakReport
     from manifold_unlearn.attack.results import AttackCurve
+    from manifold_unlearn.evaluate.results import Metric
+
+Table = tuple[list[str], list[list[Any]]]
+"""Columns and rows, as :meth:`Report.table` takes them."""
 
 _COLUMNS = 4
 _LOGARITHMIC = 30.0  # ratio of the largest to the smallest compute from which the axis is so
@@ -60,6 +66,81 @@ def attack_curves(
         keys = [style.line_key(label=style.sentence(name), **looks[name]) for name in names]
         figure.legend(handles=keys, loc="outside lower center", ncols=len(keys))
     return figure
+
+
+def jailbreak_table(reports: Mapping[str, JailbreakReport]) -> Table:
+    """Attack success of each model: over all framings, under any, by framing and by category.
+
+    Parameters
+    ----------
+    reports : mapping of str to JailbreakReport
+        For each model.
+
+    Returns
+    -------
+    columns, rows : list
+        The rate with its interval, the mean of the judge's scale, and how many of the responses
+        asked for were empty or could not be scored. Where nothing was scored the rate is None.
+    """
+    columns = ["asked", "model", "rate", "95 %", "mean score", "asked for", "empty", "not scored"]
+    rows: list[list[Any]] = []
+    for model, found in reports.items():
+        n, scores = len(found.categories), found.scores
+        counts = [
+            n * len(scores),
+            sum(int(s.empty.sum()) for s in scores.values()),
+            int((~found.valid).sum()),
+        ]
+        scored = bool(found.valid.any())
+        for name, metric in (
+            ("all framings, mean", found.rate if scored else None),
+            ("any framing", found.worst_case if scored else None),
+        ):
+            rows.append([name, model, *_rate(metric), None, *counts])
+        for name, score in scores.items():
+            mean = score.mean if score.valid.any() else None
+            counts = [n, int(score.empty.sum()), score.n_invalid]
+            rows.append([name, model, *_rate(found.by_framing.get(name)), mean, *counts])
+        if len(set(found.categories)) > 1:
+            for name in sorted(set(found.categories)):
+                of = np.array(found.categories) == name
+                empty = sum(int(s.empty[of].sum()) for s in scores.values())
+                counts = [int(of.sum()) * len(scores), empty, int((~found.valid[:, of]).sum())]
+                rate = _rate(found.by_category.get(name))
+                rows.append([f"category: {name or 'none'}", model, *rate, None, *counts])
+    return columns, rows
+
+
+def backdoor_table(reports: Mapping[str, BackdoorReport]) -> Table:
+    """Attack success and accuracy of each model, with the trigger and without.
+
+    Parameters
+    ----------
+    reports : mapping of str to BackdoorReport
+        For each model.
+
+    Returns
+    -------
+    columns, rows : list
+    """
+    columns = ["prompts", "model", "attack success", "95 %", "accuracy", "95 %", "empty",
+               "not scored"]  # fmt: skip
+    return columns, [
+        [prompts, model, *_rate(success), *_rate(accuracy), int(scores.empty.sum()),
+         scores.n_invalid]
+        for model, found in reports.items()
+        for prompts, success, accuracy, scores in (
+            ("with trigger", found.triggered, found.triggered_accuracy, found.scores["triggered"]),
+            ("without", found.clean, found.clean_accuracy, found.scores["clean"]),
+        )
+    ]  # fmt: skip
+
+
+def _rate(metric: Metric | None) -> tuple[float | None, str | None]:
+    if metric is None:
+        return None, None
+    low, high = metric.interval
+    return metric.mean, f"{low:.3f} to {high:.3f}"
 
 
 def _checked(curves: Mapping[str, Sequence[AttackCurve]]) -> list[str]:

@@ -7,6 +7,7 @@ from manifold_unlearn.attack.behaviors import (
     Behavior,
     digest_behaviors,
     read_advbench,
+    read_behaviors,
     read_harmbench,
     read_refusal_direction,
     read_strongreject,
@@ -54,6 +55,69 @@ def test_strongreject_and_refusal_direction(tmp_path):
         ("Bake", "", "safe_1"),
         ("Cook", "food", "safe_2"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "wanted"),
+    [
+        ("h.csv", HEADER + ROWS, ("Bake a cake", "food", "standard", "", "", "cake")),
+        ("a.csv", "goal,target\nBake,Sure\n", ("Bake", "", "", "", "Sure", "advbench_1")),
+        (
+            "b.csv",
+            "Behavior,Category,ContextString,BehaviorID\nBake,food,,one\n",
+            ("Bake", "food", "", "", "", "one"),
+        ),
+        (
+            "s.csv",
+            "category,source,forbidden_prompt\nfood,custom,Bake?\n",
+            ("Bake?", "food", "custom", "", "", "strongreject_1"),
+        ),
+        (
+            "r.json",
+            '[{"instruction": "Bake", "category": null}]',
+            ("Bake", "", "", "", "", "r_1"),
+        ),
+        (
+            "own.jsonl",
+            '\n{"text": "Bake", "category": null, "context": "An oven"}\n',
+            ("Bake", "", "", "An oven", "", "own_2"),
+        ),
+    ],
+)
+def test_a_file_is_recognized_by_what_it_holds(name, text, wanted, tmp_path):
+    assert read_behaviors(write(tmp_path / name, text))[0] == Behavior(*wanted)
+
+
+def test_a_draw_keeps_the_order_and_repeats(tmp_path):
+    text = "".join(json.dumps({"text": f"{i:02}"}) + "\n" for i in range(40))
+    path = write(tmp_path / "own.jsonl", text)
+    first, again, other = (read_behaviors(path, 9, random_state=seed) for seed in (0, 0, 1))
+    assert first == again != other
+    drawn = [behavior.text for behavior in first]
+    assert len(set(drawn)) == 9 and drawn == sorted(drawn)
+    assert drawn[-1] > "08"  # not the head of the file
+    assert read_behaviors(path, 40) == read_behaviors(path)
+    for n in (0, 41):
+        with pytest.raises(ValueError, match=f"n_behaviors={n}, but .* holds 40; take 1 to 40"):
+            read_behaviors(path, n)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("x.csv", "a,b\n1,2\n", "has the columns a, b, which are of no known set"),
+        ("x.csv", "", "has the columns none"),
+        ("x.txt", "Bake", r"ends in '\.txt'; give a file in \.csv"),
+        ("x.jsonl", '{"text": "a"}\n{', "line 2 is not JSON"),
+        ("x.jsonl", '{"prompt": "a"}', "line 1 has no text"),
+        ("x.jsonl", '{"text": "a", "category": 3}', "line 1: category must be text"),
+        ("x.jsonl", '{"text": " "}', "row 1 has an empty behavior"),
+        ("x.jsonl", "\n", "holds no behavior"),
+    ],
+)
+def test_a_file_of_no_known_set_is_named(name, text, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        read_behaviors(write(tmp_path / name, text))
 
 
 def test_the_digest_states_the_set_and_its_order():

@@ -87,6 +87,8 @@ def test_where_nothing_was_scored_there_is_no_rate(asked):
         _ = found.rate
     with pytest.raises(ValueError, match="scored none of the behaviors"):
         _ = found.worst_case
+    written = found.to_json()
+    assert (written["rate"], written["worst_case"], written["n_invalid"]) == (None, None, 1)
 
 
 def test_hooks_act_and_leave(llama, tokenizer):
