@@ -7,20 +7,18 @@ itself, never told against itself, and shuffled weights. Writes the attack curve
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from cli_from_dataclass import RESULTS, parse, write
 
 from manifold_unlearn.activations.corpus import Item, read_items
 from manifold_unlearn.activations.models import load_model
 from manifold_unlearn.attack import BUDGETS, attack_gaps, run_attacks
-from manifold_unlearn.evaluate import EvaluationSets, evaluate_forgetting, plain
+from manifold_unlearn.evaluate import EvaluationSets, plain, shuffled_weights, yardstick
 from manifold_unlearn.finetune import TrainConfig, objective, train
 from manifold_unlearn.report import attack_curves
 from manifold_unlearn.testbed import load_testbed
@@ -93,17 +91,6 @@ def load(config: Config) -> tuple[dict[str, Any], Any, EvaluationSets, str]:
     return models, tokenizer, sets, "\nAnswer:"
 
 
-def shuffled(model: Any) -> Any:
-    """A copy whose weights are permuted within each tensor."""
-    made, draw = copy.deepcopy(model), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in made.parameters():
-            if weight.ndim > 1:
-                order = torch.randperm(weight.numel(), generator=draw)
-                weight.copy_(weight.flatten()[order.to(weight.device)].reshape(weight.shape))
-    return made
-
-
 def run(config: Config, preset: str) -> dict[str, Any]:
     """Rows of every model, gaps of every attack, and the claims."""
     start = time.perf_counter()
@@ -117,20 +104,26 @@ def run(config: Config, preset: str) -> dict[str, Any]:
         config=TrainConfig(lr=config.lr, steps=config.steps, device=config.device),
     )
     models[config.method] = trained.model
-    models["shuffled"] = shuffled(models["told"])
-    rows, seconds = [], {}
-    for name, model in models.items():
+    models["shuffled"] = shuffled_weights(models["told"])
+    before = time.perf_counter()
+    pair = yardstick(
+        tokenizer,
+        sets,
+        reference=plain(models["never told"]),
+        target=plain(models["told"]),
+        include_eos=config.pair != "testbed",
+        n_samples=config.n_samples,
+    )
+    each = (time.perf_counter() - before) / 2
+    seconds = {"told": each, "never told": each}
+    controls = pair.controls()
+    reports = {"told": controls["target"], "never told": controls["reference"]}
+    for name in (config.method, "shuffled"):
         before = time.perf_counter()
-        report = evaluate_forgetting(
-            plain(model),
-            tokenizer,
-            sets,
-            reference=plain(models["never told"]),
-            target=plain(models["told"]),
-            include_eos=config.pair != "testbed",
-            n_samples=config.n_samples,
-        )
-        seconds[name] = (time.perf_counter() - before) / len(report.profiles)
+        reports[name] = pair.report(plain(models[name]))
+        seconds[name] = time.perf_counter() - before
+    rows = []
+    for name, report in reports.items():
         rows.append(
             {"model": name, "seconds": seconds[name]} | report.models()["model"]
             | {"judgement": report.comparison()["judgement"]}

@@ -6,24 +6,23 @@ must not be mistaken for. Reads two checkpoints fine-tuned on TOFU authors, and 
 
 from __future__ import annotations
 
-import copy
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from cli_from_dataclass import parse, write
 
 from manifold_unlearn.activations.corpus import Item, read_items
 from manifold_unlearn.activations.models import load_model
 from manifold_unlearn.evaluate.aggregate import judge, published_aggregates, utility_aggregate
+from manifold_unlearn.evaluate.controls import shuffled_weights
 from manifold_unlearn.evaluate.fluency import n_gram_entropy, reference_fluency, repetition
 from manifold_unlearn.evaluate.likelihood import answer_log_probabilities, greedy_answers, plain
 from manifold_unlearn.evaluate.memorization import (
     knowledge_memorization,
-    token_memorization,
+    memorization_of,
     verbatim_memorization,
 )
 from manifold_unlearn.evaluate.metrics import (
@@ -47,6 +46,7 @@ from manifold_unlearn.evaluate.privacy import (
 )
 from manifold_unlearn.evaluate.rouge import rouge_l
 from manifold_unlearn.evaluate.sampling import leak_at_k, sampled_leakage
+from manifold_unlearn.evaluate.suites import ScoredAnswers, score_answers
 
 TEMPLATE = "Question: {question}\nAnswer:"
 
@@ -72,17 +72,6 @@ PRESETS = {
     "quick": Config(),
     "full": Config(n_forget=200, n_utility=100, n_holdout=200, n_gradients=50, n_sampled=50),
 }
-
-
-def shuffled(model: Any) -> Any:
-    """A copy whose weights are permuted within each tensor."""
-    made = copy.deepcopy(model)
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            flat = parameter.flatten()
-            parameter.copy_(flat[torch.randperm(len(flat), generator=draw)].view_as(parameter))
-    return made
 
 
 def spread(items: list[Item], n: int) -> list[Item]:
@@ -112,8 +101,20 @@ class Sets:
         self.shots = retain[20:80:20]
 
 
+class Reference:
+    """What the model that was never told says and scores, for comparison with the others."""
+
+    def __init__(self, model: Any, tokenizer: Any, sets: Sets):
+        self.subject = plain(model)
+        self.said, _ = recall(model, tokenizer, sets.utility["retain"])
+        self.losses = [
+            membership_scores(self.subject, tokenizer, [item.pair for item in part])["loss"]
+            for part in (sets.forget, sets.holdout)
+        ]
+
+
 def ratios(model: Any, tokenizer: Any, items: list[Item]) -> tuple[np.ndarray, ...]:
-    """Probability of the answer, of its paraphrase, truth ratio, probability among the options."""
+    """Probability of the answer, truth ratio, probability among the options."""
     pairs = [item.pair for item in items]
     spans = []
     for item in items:
@@ -128,8 +129,7 @@ def ratios(model: Any, tokenizer: Any, items: list[Item]) -> tuple[np.ndarray, .
         option_probability(p[i], p[a + 1 : b].tolist(), smoothing=PUBLISHED_SMOOTHING)
         for i, (a, b) in enumerate(spans)
     ]
-    starts = [a for a, _ in spans]
-    return p[: len(items)], p[starts], np.array(ratio), np.array(options)
+    return p[: len(items)], np.array(ratio), np.array(options)
 
 
 def recall(model: Any, tokenizer: Any, items: list[Item]) -> tuple[list[str], float]:
@@ -140,20 +140,18 @@ def recall(model: Any, tokenizer: Any, items: list[Item]) -> tuple[list[str], fl
     return said, float(rouge_l(said, [item.answer for item in items]).values.mean())
 
 
-def measure(model: Any, reference: Any, tokenizer: Any, sets: Sets, config: Config) -> dict:
+def measure(model: Any, reference: Reference, tokenizer: Any, sets: Sets, config: Config) -> dict:
     """Every metric of one model; arrays that later rows are compared with stand under ``_``."""
     subject, found, start = plain(model), {}, time.perf_counter()
-    p, paraphrased, ratio, _ = ratios(model, tokenizer, sets.forget)
-    found["probability"] = p.mean()
-    found["paraphrased_answer_probability"] = paraphrased.mean()
+    scored = score_answers(subject, tokenizer, sets.forget, include_eos=True)
+    ratio = scored.knowledge["truth_ratio"].values
+    for name in ("probability", "paraphrased_answer_probability"):
+        found[name] = scored.knowledge[name].mean
     found["truth_ratio_symmetric"] = truth_ratio_symmetric(ratio).mean()
     found["truth_probability"] = truth_ratio_probability(ratio).mean()
     said, found["rouge_l_recall"] = recall(model, tokenizer, sets.forget)
-    for published in (False, True):
-        for name, metric in token_memorization(
-            subject, tokenizer, sets.forget, published=published
-        ).items():
-            found[name] = metric.mean
+    recited = scored.memorization() | memorization_of(scored.answers, published=True)
+    found |= {name: metric.mean for name, metric in recited.items()}
     some = sets.forget[: config.n_utility]
     found["verbatim_memorization"] = verbatim_memorization(
         subject, tokenizer, [item.pair for item in some], max_new_tokens=64
@@ -166,7 +164,7 @@ def measure(model: Any, reference: Any, tokenizer: Any, sets: Sets, config: Conf
         scores = score_choices(subject, tokenizer, questions, scoring=scoring)
         found[f"choice_accuracy_{scoring}"] = scores.accuracy.mean
         found[f"choice_always_right_{scoring}"] = scores.always_right.mean
-    areas = membership(model, reference, tokenizer, sets, config)
+    areas = membership(model, scored, reference, tokenizer, sets, config)
     found |= {f"auc_{name}": area.auc for name, area in areas.items()}
     leaked = sampled_leakage(
         subject, tokenizer, sets.forget[: config.n_sampled], config.n_samples, max_new_tokens=32
@@ -175,7 +173,7 @@ def measure(model: Any, reference: Any, tokenizer: Any, sets: Sets, config: Conf
         found[f"leak_at_{k}"] = leak_at_k(leaked, k).mean()
     nine = {}
     for name, items in sets.utility.items():
-        own, _, kept, options = ratios(model, tokenizer, items)
+        own, kept, options = ratios(model, tokenizer, items)
         nine[f"{name}_probability"] = float((own if name == "retain" else options).mean())
         nine[f"{name}_truth_ratio"] = float(truth_ratio_preference(kept).mean())
         told, nine[f"{name}_rouge"] = recall(model, tokenizer, items)
@@ -183,9 +181,8 @@ def measure(model: Any, reference: Any, tokenizer: Any, sets: Sets, config: Conf
             found["n_gram_entropy"] = np.mean([n_gram_entropy(text) for text in told])
             found["repetition"] = np.mean([repetition(text) for text in told])
             prompts = [item.question for item in items]
-            own_words, _ = recall(reference, tokenizer, items)
             found["fluency"] = reference_fluency(
-                plain(reference), tokenizer, prompts, told, own_words
+                reference.subject, tokenizer, prompts, told, reference.said
             ).mean
     found |= nine
     found["model_utility_of_nine"] = model_utility(nine)
@@ -195,14 +192,20 @@ def measure(model: Any, reference: Any, tokenizer: Any, sets: Sets, config: Conf
     return found | {"seconds": time.perf_counter() - start, "_ratio": ratio}
 
 
-def membership(model: Any, reference: Any, tokenizer: Any, sets: Sets, config: Config) -> dict:
+def membership(
+    model: Any,
+    scored: ScoredAnswers,
+    reference: Reference,
+    tokenizer: Any,
+    sets: Sets,
+    config: Config,
+) -> dict:
     """Areas under the ROC curve, forget against holdout."""
     inside, outside = ([i.pair for i in part] for part in (sets.forget, sets.holdout))
-    low, high = (
-        membership_scores(plain(model), tokenizer, part, reference=plain(reference))
-        for part in (inside, outside)
-    )
-    for scores, part in ((low, inside), (high, outside)):
+    low, high = scored.membership(), membership_scores(plain(model), tokenizer, outside)
+    parts = zip((low, high), (inside, outside), reference.losses, strict=True)
+    for scores, part, never_told in parts:
+        scores["reference"] = scores["loss"] - never_told
         scores["gradient_norm"] = gradient_norms(
             plain(model), tokenizer, part[: config.n_gradients]
         )
@@ -215,9 +218,10 @@ def run(config: Config, preset: str) -> dict[str, Any]:
     told, tokenizer = load_model(Path(config.models) / "told")
     never_told, _ = load_model(Path(config.models) / "never_told")
     sets = Sets(config)
-    models = {"told": told, "never_told": never_told, "shuffled": shuffled(told)}
+    models = {"told": told, "never_told": never_told, "shuffled": shuffled_weights(told)}
+    reference = Reference(never_told, tokenizer, sets)
     rows = {
-        name: measure(model, never_told, tokenizer, sets, config) for name, model in models.items()
+        name: measure(model, reference, tokenizer, sets, config) for name, model in models.items()
     }
     target, retrained = (
         {k: v for k, v in rows[n].items() if k != "_ratio"} for n in ("told", "never_told")

@@ -19,7 +19,7 @@ from manifold_unlearn.activations.sites import find_decoder
 from manifold_unlearn.erase.subspace import SubspaceEraser
 from manifold_unlearn.evaluate.likelihood import plain
 from manifold_unlearn.evaluate.results import Change, Metric
-from manifold_unlearn.evaluate.suites import assess, assess_text
+from manifold_unlearn.evaluate.suites import assess, compare_text
 from manifold_unlearn.finetune.objectives import OBJECTIVES, objective
 from manifold_unlearn.finetune.train import TrainConfig, train
 from manifold_unlearn.intervene.bake import bake as bake_edit
@@ -358,13 +358,13 @@ def compare(
 def _compare_text(
     model: Any, subject: Any, tokenizer: Any, texts: Sequence[str]
 ) -> dict[str, float]:
-    old = assess_text(plain(model), tokenizer, texts)
-    new = assess_text(subject, tokenizer, texts, reference=plain(model))
+    found = compare_text(subject, plain(model), tokenizer, texts)
+    before, after = found["reference_perplexity"], found["perplexity"]
     return {
-        "perplexity_before": old["perplexity"],
-        "perplexity_after": new["perplexity"],
-        "perplexity_ratio": new["perplexity"] / old["perplexity"],
-        "kl": new["kl"],
+        "perplexity_before": before,
+        "perplexity_after": after,
+        "perplexity_ratio": after / before,
+        "kl": found["kl"],
     }
 
 

@@ -21,6 +21,7 @@ from manifold_unlearn.evaluate.likelihood import (
 )
 from manifold_unlearn.evaluate.metrics import answer_probability
 from manifold_unlearn.evaluate.rouge import rouge_l_recall
+from manifold_unlearn.evaluate.suites import answer_room
 
 Pair: TypeAlias = tuple[str, str]
 """Prompt and wanted continuation, which brings its own leading space."""
@@ -32,15 +33,14 @@ Measure: TypeAlias = Callable[[Subject, Any, Sequence[Pair]], np.ndarray]
 def recall(subject: Subject, tokenizer: Any, pairs: Sequence[Pair]) -> np.ndarray:
     """ROUGE-L recall of the wanted continuation in the greedy one.
 
-    As many tokens are generated as the longest continuation has, and a quarter more. An empty
-    continuation of the model counts 0.
+    As many tokens are generated as :func:`~manifold_unlearn.evaluate.suites.answer_room` says. An
+    empty continuation of the model counts 0.
     """
-    longest = max(len(ids) for ids in _ids(tokenizer, [wanted for _, wanted in pairs]))
     said = greedy_answers(
         subject,
         tokenizer,
         [prompt for prompt, _ in pairs],
-        max_new_tokens=longest + (longest + 3) // 4,
+        max_new_tokens=answer_room(tokenizer, [wanted for _, wanted in pairs]),
     )
     return np.array([rouge_l_recall(s, w) for s, (_, w) in zip(said, pairs, strict=True)])
 
@@ -345,8 +345,7 @@ def _room(subject: Subject, tokenizer: Any, pairs: Sequence[Pair]) -> list[float
     if context is None:
         return [float("inf")] * len(pairs)
     prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
-    longest = max(len(ids) for ids in _ids(tokenizer, [wanted for _, wanted in pairs]))
-    left = context - longest - (longest + 3) // 4
+    left = context - answer_room(tokenizer, [wanted for _, wanted in pairs])
     return [left - len(ids) for ids in prompts]
 
 

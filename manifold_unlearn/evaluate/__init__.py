@@ -6,6 +6,7 @@ from manifold_unlearn.evaluate.aggregate import (
     judge,
     published_aggregates,
 )
+from manifold_unlearn.evaluate.controls import shuffled_weights
 from manifold_unlearn.evaluate.depth import (
     UnlearningDepth,
     cka_erasure,
@@ -19,14 +20,13 @@ from manifold_unlearn.evaluate.fluency import (
     repetition,
 )
 from manifold_unlearn.evaluate.forgetting import (
-    EvaluationSets,
     ForgettingReport,
-    Profile,
     Standing,
+    Yardstick,
     compare_profiles,
     evaluate_forgetting,
-    profile,
     require_same_tokenizer,
+    yardstick,
 )
 from manifold_unlearn.evaluate.lens import (
     LensProfile,
@@ -93,6 +93,11 @@ from manifold_unlearn.evaluate.probes import (
     probe_rows,
     truth_task,
 )
+from manifold_unlearn.evaluate.profiles import (
+    EvaluationSets,
+    Profile,
+    profile,
+)
 from manifold_unlearn.evaluate.results import (
     Change,
     Metric,
@@ -108,9 +113,11 @@ from manifold_unlearn.evaluate.sampling import (
     sampled_leakage,
 )
 from manifold_unlearn.evaluate.suites import (
+    ScoredAnswers,
     assess,
     assess_text,
     model_report,
+    score_answers,
     summarize,
 )
 
@@ -128,10 +135,12 @@ __all__ = [
     "ProbeResult",
     "ProbeTask",
     "Profile",
+    "ScoredAnswers",
     "Standing",
     "Subject",
     "TokenScores",
     "UnlearningDepth",
+    "Yardstick",
     "answer_log_probabilities",
     "answer_probability",
     "answer_probability_published",
@@ -182,7 +191,9 @@ __all__ = [
     "rouge_l_recall",
     "sample_answers",
     "sampled_leakage",
+    "score_answers",
     "score_choices",
+    "shuffled_weights",
     "summarize",
     "text_log_probabilities",
     "text_scores",
@@ -198,4 +209,5 @@ __all__ = [
     "unlearning_depth",
     "unlearning_depth_score",
     "verbatim_memorization",
+    "yardstick",
 ]

@@ -124,7 +124,6 @@ def patching_drop(
     Unlearning depth score (arXiv 2605.24614).
     """
     require_equal_shapes({"told": told, "source": source})
-    names = named_sites(told, sites)
     forced = force(
         told,
         tokenizer,
@@ -133,6 +132,22 @@ def patching_drop(
         include_eos=include_eos,
         batch_size=batch_size,
     )
+    return forced_drop(told, source, forced, named_sites(told, sites), batch_size)
+
+
+def forced_drop(
+    told: Subject,
+    source: Subject,
+    forced: Forced,
+    names: Sequence[str],
+    batch_size: BatchSize = "auto",
+) -> LayerDrop:
+    """:func:`patching_drop` of items that are tokens already, for many sources of one told model.
+
+    ``forced`` is from :func:`~manifold_unlearn.evaluate.forced.force` with the told model, and
+    ``names`` are sites.
+    """
+    require_equal_shapes({"told": told, "source": source})
     parts, item = [], []
     for made, states in predicting_states(source, forced, names, batch_size, desc="patch"):
         with told() as model, torch.no_grad(), evaluating(model):

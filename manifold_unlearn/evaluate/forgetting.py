@@ -2,176 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from manifold_unlearn.activations.corpus import Item
 from manifold_unlearn.evaluate.aggregate import GROUPS, Judgement, judge
-from manifold_unlearn.evaluate.depth import patching_drop, unlearning_depth
+from manifold_unlearn.evaluate.depth import LayerDrop, forced_drop, unlearning_depth
 from manifold_unlearn.evaluate.fluency import reference_fluency
-from manifold_unlearn.evaluate.likelihood import BatchSize, Subject, greedy_answers
-from manifold_unlearn.evaluate.memorization import token_memorization
+from manifold_unlearn.evaluate.forced import Forced, force, named_sites
+from manifold_unlearn.evaluate.likelihood import Subject
 from manifold_unlearn.evaluate.metrics import truth_ratio_probability, truth_ratio_symmetric
-from manifold_unlearn.evaluate.multiple_choice import choice_questions, score_choices
-from manifold_unlearn.evaluate.privacy import (
-    membership_inference,
-    membership_scores,
-    privacy_leakage,
-)
+from manifold_unlearn.evaluate.privacy import privacy_leakage
+from manifold_unlearn.evaluate.profiles import EvaluationSets, Profile, profile
 from manifold_unlearn.evaluate.results import Metric, paired_difference
-from manifold_unlearn.evaluate.sampling import leak_at_k, sampled_leakage
-from manifold_unlearn.evaluate.suites import answer_room, assess, assess_text, model_report
-
-N_OPTIONS = 4
-
-
-@dataclass(frozen=True)
-class EvaluationSets:
-    """What models are asked.
-
-    Attributes
-    ----------
-    forget, retain : sequence of Item
-        Questions with answers.
-    holdout : sequence of Item
-        Questions with answers that no model was told; for membership inference.
-    neutral : sequence of str
-        Texts on other matters; for perplexity and divergence.
-    """
-
-    forget: Sequence[Item]
-    retain: Sequence[Item]
-    holdout: Sequence[Item] = ()
-    neutral: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("forget", "retain"):
-            if not getattr(self, name):
-                raise ValueError(f"the {name} set is empty; give at least one question.")
-
-
-@dataclass(frozen=True, eq=False)
-class Profile:
-    """All that is measured of one model.
-
-    Attributes
-    ----------
-    metrics : dict of str to dict of str to Metric
-        By set (``"forget"``, ``"retain"``) and name, one value an item.
-    figures : dict of str to dict of str to float
-        ``"neutral"``: perplexity, and ``kl`` to the reference; ``"membership"``: areas under the
-        curve by score, near 1 where forget items are known to have been seen.
-    said : dict of str to list of str
-        Greedy answers by set; empty where none were generated.
-    """
-
-    metrics: dict[str, dict[str, Metric]]
-    figures: dict[str, dict[str, float]]
-    said: dict[str, list[str]]
-
-
-def profile(
-    subject: Subject,
-    tokenizer: Any,
-    sets: EvaluationSets,
-    *,
-    reference: Subject | None = None,
-    include_eos: bool = False,
-    generate: bool = True,
-    max_new_tokens: int | None = None,
-    n_samples: int = 0,
-    choices: bool = False,
-    batch_size: BatchSize = "auto",
-) -> Profile:
-    """Measure one model on all sets.
-
-    Parameters
-    ----------
-    subject : Subject
-        ``plain(model)``, or any function that opens to a model.
-    tokenizer : transformers.PreTrainedTokenizerBase
-    sets : EvaluationSets
-    reference : Subject, optional
-        A model of the same vocabulary: with neutral texts, the divergence from it is measured too.
-    include_eos : bool, default=False
-        Count the end-of-sequence token as a part of every answer, as TOFU does.
-    generate : bool, default=True
-        Also generate greedy answers, for ROUGE-L recall and fluency.
-    max_new_tokens : int, optional
-        Of the greedy answers. Default: the longest answer's tokens plus a quarter.
-    n_samples : int, default=0
-        Sampled answers to each forget question, for ``leak_at_<n_samples>``.
-    choices : bool, default=False
-        Also ask the items as multiple-choice questions, for models that can answer such.
-    batch_size : int or "auto"
-
-    Returns
-    -------
-    Profile
-        Of both sets what :func:`assess` gives, ``exact_memorization`` and
-        ``extraction_strength``; with perturbed answers ``accuracy`` (the answer ranks first among
-        them), and with three ``choice_accuracy``, among four lettered options in all rotations.
-    """
-    metrics: dict[str, dict[str, Metric]] = {}
-    said: dict[str, list[str]] = {}
-    for name, items in (("forget", sets.forget), ("retain", sets.retain)):
-        said[name] = []
-        if generate and items[0].answer:
-            room = max_new_tokens or answer_room(tokenizer, items)
-            questions = [item.question for item in items]
-            said[name] = greedy_answers(
-                subject, tokenizer, questions, max_new_tokens=room, batch_size=batch_size
-            )
-        found = assess(
-            subject,
-            tokenizer,
-            items,
-            include_eos=include_eos,
-            generate=False,
-            said=said[name] or None,
-            batch_size=batch_size,
-        )
-        if items[0].answer:
-            found |= token_memorization(subject, tokenizer, items, batch_size=batch_size)
-        if "rank" in found:
-            found["accuracy"] = Metric("accuracy", (found["rank"].values == 1).astype(np.float64))
-        if choices and all(len(set(item.perturbed_answer)) >= N_OPTIONS - 1 for item in items):
-            asked = choice_questions(items, n_options=N_OPTIONS)
-            scored = score_choices(subject, tokenizer, asked, batch_size=batch_size)
-            found["choice_accuracy"] = Metric("choice_accuracy", scored.accuracy.values)
-        metrics[name] = found
-    if n_samples:
-        scores = sampled_leakage(subject, tokenizer, sets.forget, n_samples, batch_size=batch_size)
-        name = f"leak_at_{n_samples}"
-        metrics["forget"][name] = Metric(name, leak_at_k(scores, n_samples))
-    figures: dict[str, dict[str, float]] = {}
-    if sets.neutral:
-        figures["neutral"] = assess_text(subject, tokenizer, sets.neutral, reference=reference)
-    if sets.holdout:
-        figures["membership"] = _membership(subject, tokenizer, sets, include_eos, batch_size)
-    return Profile(metrics, figures, said)
-
-
-def _membership(
-    subject: Subject, tokenizer: Any, sets: EvaluationSets, include_eos: bool, size: BatchSize
-) -> dict[str, float]:
-    forget, holdout = (
-        membership_scores(
-            subject,
-            tokenizer,
-            [item.pair for item in items],
-            include_eos=include_eos,
-            batch_size=size,
-        )
-        for items in (sets.forget, sets.holdout)
-    )
-    return {
-        f"auc_{name}": membership_inference(scores, holdout[name]).auc
-        for name, scores in forget.items()
-    }
+from manifold_unlearn.evaluate.suites import model_report
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,6 +86,126 @@ class ForgettingReport:
         return {"standings": standings, "judgement": judged, "not_judged": self.not_judged}
 
 
+@dataclass(frozen=True, eq=False)
+class Yardstick:
+    """The never-told and the told model, measured once, for any number of models between them.
+
+    Made by :func:`yardstick`; a model is measured against it by :meth:`report`.
+
+    Attributes
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerBase
+    sets : EvaluationSets
+    reference, target : Subject or None
+    profiles : dict of str to Profile
+        Of those of ``"reference"`` and ``"target"`` that there are, with fluency and depth.
+    how : dict of str to object
+        Keywords of :func:`profile`, the same for every model.
+    """
+
+    tokenizer: Any
+    sets: EvaluationSets
+    reference: Subject | None
+    target: Subject | None
+    profiles: dict[str, Profile]
+    how: dict[str, Any]
+    _depths: _Depths | None = field(repr=False)
+
+    def report(self, model: Subject) -> ForgettingReport:
+        """Measure a model, and judge it.
+
+        Raises
+        ------
+        ValueError
+            With ``depth``, a model of another shape than the target.
+        """
+        tokenizer, sets, reference = self.tokenizer, self.sets, self.reference
+        found = profile(model, tokenizer, sets, reference=reference, **self.how)
+        if reference is not None:
+            never_told = self.profiles["reference"]
+            _add_fluency(found, never_told, reference, tokenizer, sets, self.how)
+        if self._depths is not None:
+            found.figures["depth"] = self._depths.figures(model)
+        return self._beside(found)
+
+    def controls(self) -> dict[str, ForgettingReport]:
+        """Reports of the target and the reference themselves; nothing is measured again.
+
+        A target is ``"untouched"`` and a reference ``"forgotten"``, or the sets tell them apart too
+        little to judge others.
+        """
+        return {name: self._beside(one) for name, one in self.profiles.items()}
+
+    def _beside(self, model: Profile) -> ForgettingReport:
+        profiles = {"model": model, **self.profiles}
+        if self.reference is None:
+            return ForgettingReport(profiles)
+        standings = compare_profiles(model, profiles["reference"], profiles.get("target"))
+        judged, not_judged = None, ""
+        if self.target is not None:
+            parts = {name: judged_parts(one) for name, one in profiles.items()}
+            try:
+                judged = judge(parts["model"], target=parts["target"], retrained=parts["reference"])
+            except ValueError as error:
+                not_judged = str(error)
+        return ForgettingReport(profiles, standings, judged, not_judged)
+
+
+@dataclass(frozen=True, eq=False)
+class _Depths:
+    """Patching of the target, prepared for any source of states."""
+
+    target: Subject
+    forced: Forced
+    sites: tuple[str, ...]
+    reference: LayerDrop
+
+    def figures(self, source: Subject) -> dict[str, float]:
+        return self.of(forced_drop(self.target, source, self.forced, self.sites))
+
+    def of(self, drop: LayerDrop) -> dict[str, float]:
+        return {"depth": unlearning_depth(drop, self.reference).score.mean}
+
+
+def yardstick(
+    tokenizer: Any,
+    sets: EvaluationSets,
+    *,
+    reference: Subject | None = None,
+    target: Subject | None = None,
+    depth: bool = True,
+    **how: Any,
+) -> Yardstick:
+    """Measure the models that others are judged by, once.
+
+    Parameters
+    ----------
+    tokenizer, sets, reference, target, depth, **how
+        As in :func:`evaluate_forgetting`.
+
+    Returns
+    -------
+    Yardstick
+        ``yardstick(...).report(model)`` is ``evaluate_forgetting(model, ...)``.
+    """
+    given = {"reference": reference, "target": target}
+    subjects = {name: subject for name, subject in given.items() if subject is not None}
+    profiles = {
+        name: profile(subject, tokenizer, sets, reference=reference, **how)
+        for name, subject in subjects.items()
+    }
+    depths = None
+    if reference is not None:
+        for one in profiles.values():
+            _add_fluency(one, profiles["reference"], reference, tokenizer, sets, how)
+        if target is not None and depth and sets.forget[0].answer:
+            forced, sites = force(target, tokenizer, sets.forget), named_sites(target, "blocks")
+            depths = _Depths(target, forced, sites, forced_drop(target, reference, forced, sites))
+            profiles["reference"].figures["depth"] = depths.of(depths.reference)
+            profiles["target"].figures["depth"] = depths.figures(target)
+    return Yardstick(tokenizer, sets, reference, target, profiles, how, depths)
+
+
 def evaluate_forgetting(
     model: Subject,
     tokenizer: Any,
@@ -253,6 +217,8 @@ def evaluate_forgetting(
     **how: Any,
 ) -> ForgettingReport:
     """Measure a model beside the one never told, and the one it was made from.
+
+    To judge several models by the same pair, make a :func:`yardstick` of it.
 
     Parameters
     ----------
@@ -276,53 +242,26 @@ def evaluate_forgetting(
         Target against itself is ``"untouched"``, the reference ``"forgotten"``, a model with
         shuffled weights ``"destroyed"``, whatever its forget set says.
     """
-    subjects = {"model": model, "reference": reference, "target": target}
-    profiles = {
-        name: profile(subject, tokenizer, sets, reference=reference, **how)
-        for name, subject in subjects.items()
-        if subject is not None
-    }
-    if reference is None:
-        return ForgettingReport(profiles)
-    figures: dict[str, dict[str, float]] = {name: {} for name in profiles}
-    _add_fluency(profiles, reference, tokenizer, sets, how.get("batch_size", "auto"))
-    if target is not None and depth and sets.forget[0].answer:
-        items = sets.forget
-        drops = {
-            name: patching_drop(target, subject, tokenizer, items)
-            for name, subject in subjects.items()
-            if subject is not None
-        }
-        for name, drop in drops.items():
-            figures[name]["depth"] = unlearning_depth(drop, drops["reference"]).score.mean
-    for name, found in figures.items():
-        if found:
-            profiles[name].figures["depth"] = found
-    standings = compare_profiles(profiles["model"], profiles["reference"], profiles.get("target"))
-    judged, not_judged = None, ""
-    if target is not None:
-        parts = {name: judged_parts(one) for name, one in profiles.items()}
-        try:
-            judged = judge(parts["model"], target=parts["target"], retrained=parts["reference"])
-        except ValueError as error:
-            not_judged = str(error)
-    return ForgettingReport(profiles, standings, judged, not_judged)
+    pair = yardstick(tokenizer, sets, reference=reference, target=target, depth=depth, **how)
+    return pair.report(model)
 
 
 def _add_fluency(
-    profiles: Mapping[str, Profile],
+    one: Profile,
+    never_told: Profile,
     reference: Subject,
     tokenizer: Any,
     sets: EvaluationSets,
-    batch_size: BatchSize,
+    how: Mapping[str, Any],
 ) -> None:
-    questions = [item.question for item in sets.retain]
-    expected = profiles["reference"].said["retain"]
-    if not expected:
-        return
-    for one in profiles.values():
+    if never_told.said["retain"]:
         one.metrics["retain"]["fluency"] = reference_fluency(
-            reference, tokenizer, questions, one.said["retain"], expected, batch_size=batch_size
+            reference,
+            tokenizer,
+            [item.question for item in sets.retain],
+            one.said["retain"],
+            never_told.said["retain"],
+            batch_size=how.get("batch_size", "auto"),
         )
 
 

@@ -42,6 +42,10 @@ class TokenScores(NamedTuple):
     variance: Tensor
     """float32: variance of ``log p`` over the vocabulary under the model itself"""
 
+    def up_to(self, n_tokens: int) -> TokenScores:
+        """Scores of the first tokens."""
+        return TokenScores(*(values[:n_tokens] for values in self))
+
 
 def plain(model: Any) -> Subject:
     """Return the subject that is a model as it stands."""
@@ -364,22 +368,61 @@ def text_log_probabilities(
     divergences : list of Tensor
         Of the same shapes, ``KL(reference || subject)`` in nats; empty without a reference.
     """
+    found = _read_texts(subject, reference, tokenizer, texts, batch_size)
+    return found.log_probabilities, found.divergences
+
+
+class TextDivergence(NamedTuple):
+    """What two models make of texts; for each text ``(n_tokens - 1,)``."""
+
+    log_probabilities: list[Tensor]
+    reference_log_probabilities: list[Tensor]
+    divergences: list[Tensor]
+    """``KL(reference || subject)`` in nats"""
+
+
+def text_divergence(
+    subject: Subject,
+    reference: Subject,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    batch_size: BatchSize = "auto",
+) -> TextDivergence:
+    """Log-probabilities of both models and the divergence between them, from one run of each.
+
+    Parameters are those of :func:`text_log_probabilities`.
+    """
+    return _read_texts(subject, reference, tokenizer, texts, batch_size)
+
+
+def _read_texts(
+    subject: Subject,
+    reference: Subject | None,
+    tokenizer: Any,
+    texts: Sequence[str],
+    batch_size: BatchSize,
+) -> TextDivergence:
     found: list[Tensor] = [torch.empty(0)] * len(texts)
-    kl: list[Tensor] = [torch.empty(0)] * (len(texts) if reference is not None else 0)
+    n_compared = len(texts) if reference is not None else 0
+    theirs, kl = [torch.empty(0)] * n_compared, [torch.empty(0)] * n_compared
     with subject() as model:
         rows = encode(tokenizer, list(texts), context=context_length(model))
     made = batches(rows, batch_size=batch_size, token_budget=1024)
     for batch in tqdm(made, desc="score texts", unit="batch", disable=None, leave=False):
-        logits = _log_softmax(subject, batch)
-        other = None if reference is None else _log_softmax(reference, batch)
+        log_q = _log_softmax(subject, batch)
+        log_p = None if reference is None else _log_softmax(reference, batch)
         for r, i in enumerate(batch.index.tolist()):
-            n = len(rows[i])
-            found[i] = logits[r, : n - 1].gather(1, rows[i].ids[1:, None])[:, 0]
-            if other is not None:
-                p = other[r, : n - 1]
-                kl[i] = (p.exp() * (p - logits[r, : n - 1])).sum(-1).clamp(min=0)
+            n, following = len(rows[i]) - 1, rows[i].ids[1:, None]
+            q = log_q[r, :n]
+            found[i] = q.gather(1, following)[:, 0]
+            if log_p is not None:
+                p = log_p[r, :n]
+                theirs[i] = p.gather(1, following)[:, 0]
+                kl[i] = (p.exp() * (p - q)).sum(-1).clamp(min=0)
     require_numbers(found, "text")
-    return found, kl
+    require_numbers(theirs, "the reference's text")
+    return TextDivergence(found, theirs, kl)
 
 
 def text_scores(

@@ -13,6 +13,7 @@ from manifold_unlearn.activations.corpus import Item
 from manifold_unlearn.evaluate.likelihood import (
     BatchSize,
     Subject,
+    TokenScores,
     answer_scores,
     greedy_answers,
 )
@@ -125,6 +126,14 @@ def token_memorization(
     _require_answers(items)
     pairs = [item.pair for item in items]
     scores = answer_scores(subject, tokenizer, pairs, include_eos=published, batch_size=batch_size)
+    return memorization_of(scores, published=published)
+
+
+def memorization_of(scores: Sequence[TokenScores], *, published: bool = False) -> dict[str, Metric]:
+    """:func:`token_memorization` of answers scored before, one :class:`TokenScores` an item.
+
+    With ``published`` the scores should hold the end-of-sequence token, else not.
+    """
     ending = "_published" if published else ""
     exact = exact_memorization_published if published else exact_memorization
     strength = extraction_strength_published if published else extraction_strength

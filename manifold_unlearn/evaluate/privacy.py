@@ -129,16 +129,23 @@ def membership_scores(
     """
     rows = _rows(subject, tokenizer, texts, include_eos, batch_size)
     spelled = [text if isinstance(text, str) else text[1] for text in texts]
-    found = {
-        "loss": [loss_score(row) for row in rows],
-        "zlib": [zlib_score(row, text) for row, text in zip(rows, spelled, strict=True)],
-        "min_k": [min_k_score(row, k=k) for row in rows],
-        "min_k_plus_plus": [min_k_plus_plus_score(row, k=k) for row in rows],
-    }
+    found = membership_of(rows, spelled, k=k)
     if reference is not None:
         others = _rows(reference, tokenizer, texts, include_eos, batch_size)
-        pairs = zip(rows, others, strict=True)
-        found["reference"] = [loss_score(row) - loss_score(other) for row, other in pairs]
+        found["reference"] = found["loss"] - np.array([loss_score(other) for other in others])
+    return found
+
+
+def membership_of(
+    scores: Sequence[TokenScores], texts: Sequence[str], *, k: float = MIN_K
+) -> dict[str, np.ndarray]:
+    """:func:`membership_scores` of texts scored before; of a pair the text is the answer."""
+    found = {
+        "loss": [loss_score(row) for row in scores],
+        "zlib": [zlib_score(row, text) for row, text in zip(scores, texts, strict=True)],
+        "min_k": [min_k_score(row, k=k) for row in scores],
+        "min_k_plus_plus": [min_k_plus_plus_score(row, k=k) for row in scores],
+    }
     return {name: np.array(values) for name, values in found.items()}
 
 

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from manifold_unlearn.activations.corpus import Item, join_answer
+from manifold_unlearn.activations.models import evaluating
 from manifold_unlearn.evaluate.likelihood import (
     BatchSize,
     Subject,
-    answer_log_probabilities,
+    TokenScores,
+    answer_encodings,
     greedy_answers,
+    score_log_probabilities,
+    score_tokens,
+    text_divergence,
     text_log_probabilities,
 )
+from manifold_unlearn.evaluate.memorization import memorization_of
 from manifold_unlearn.evaluate.metrics import (
     answer_probability,
     answer_rank,
@@ -26,6 +34,7 @@ from manifold_unlearn.evaluate.metrics import (
     truth_ratio_preference,
     truth_ratio_symmetric,
 )
+from manifold_unlearn.evaluate.privacy import membership_of
 from manifold_unlearn.evaluate.results import Metric
 from manifold_unlearn.evaluate.rouge import rouge_l
 
@@ -82,39 +91,121 @@ def assess(
     if not any(item.answer for item in items):
         log_p, _ = text_log_probabilities(subject, tokenizer, [item.question for item in items])
         return {"probability": Metric("probability", answer_probability(log_p))}
-    if not all(item.answer for item in items):
-        raise ValueError("plain texts and questions are mixed in one set; assess them apart.")
-    asked = _Asked(items)
-    log_p = answer_log_probabilities(
-        subject, tokenizer, asked.pairs, include_eos=include_eos, batch_size=batch_size
+    metrics = dict(
+        score_answers(
+            subject, tokenizer, items, include_eos=include_eos, batch_size=batch_size
+        ).knowledge
     )
-    metrics = asked.metrics(answer_probability(log_p))
     if said is None and generate:
         said = greedy_answers(
             subject,
             tokenizer,
             [item.question for item in items],
-            max_new_tokens=max_new_tokens or answer_room(tokenizer, items),
+            max_new_tokens=max_new_tokens
+            or answer_room(tokenizer, [item.pair[1] for item in items]),
             batch_size=batch_size,
         )
     if said is not None:
-        recall = rouge_l(said, [item.answer for item in items], form="recall")
-        if recall.n_excluded:
-            warnings.warn(
-                f"{recall.n_excluded} of {len(items)} answers have no words in ASCII letters or "
-                "digits and are left out of ROUGE-L; use evaluate.rouge_l(words='unicode').",
-                UserWarning,
-                stacklevel=2,
-            )
-        metrics["rouge_l_recall"] = Metric("rouge_l_recall", recall.values)
+        metrics["rouge_l_recall"] = recall_of(said, items)
     return metrics
 
 
-def answer_room(tokenizer: Any, items: Sequence[Item]) -> int:
-    """Tokens of the longest answer plus a quarter, rounded up."""
-    encoded = tokenizer([item.pair[1] for item in items], add_special_tokens=False)["input_ids"]
-    longest = max(map(len, encoded))
+def recall_of(said: Sequence[str], items: Sequence[Item]) -> Metric:
+    """ROUGE-L recall of the items' answers in what was said; warns as :func:`assess` does."""
+    recall = rouge_l(said, [item.answer for item in items], form="recall")
+    if recall.n_excluded:
+        warnings.warn(
+            f"{recall.n_excluded} of {len(items)} answers have no words in ASCII letters or "
+            "digits and are left out of ROUGE-L; use evaluate.rouge_l(words='unicode').",
+            UserWarning,
+            stacklevel=3,
+        )
+    return Metric("rouge_l_recall", recall.values)
+
+
+def answer_room(tokenizer: Any, answers: Sequence[str]) -> int:
+    """Tokens to generate for answers: those of the longest plus a quarter, rounded up.
+
+    Answers bring their leading space, as in ``item.pair``.
+    """
+    longest = max(map(len, tokenizer(list(answers), add_special_tokens=False)["input_ids"]))
     return longest + (longest + 3) // 4
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredAnswers:
+    """One teacher-forced pass over a set of questions, from which several metrics follow.
+
+    Attributes
+    ----------
+    items : tuple of Item
+    answers : list of TokenScores
+        Of each item's own answer, with its end-of-sequence token where it was asked for.
+    ended : list of bool
+        Whether the last of an answer's tokens is an end-of-sequence token put behind it.
+    knowledge : dict of str to Metric
+        What :func:`assess` gives of the same items without generation.
+    """
+
+    items: tuple[Item, ...]
+    answers: list[TokenScores]
+    ended: list[bool]
+    knowledge: dict[str, Metric]
+
+    def memorization(self) -> dict[str, Metric]:
+        """``exact_memorization`` and ``extraction_strength``; the end of an answer is no part."""
+        pairs = zip(self.answers, self.ended, strict=True)
+        return memorization_of([row.up_to(len(row.correct) - ended) for row, ended in pairs])
+
+    def membership(self) -> dict[str, np.ndarray]:
+        """What :func:`membership_scores` gives of the same pairs."""
+        return membership_of(self.answers, [item.pair[1] for item in self.items])
+
+
+def score_answers(
+    subject: Subject,
+    tokenizer: Any,
+    items: Sequence[Item],
+    *,
+    include_eos: bool = False,
+    batch_size: BatchSize = "auto",
+) -> ScoredAnswers:
+    """Score every answer that a set of items asks for, once.
+
+    Parameters
+    ----------
+    subject : Subject
+    tokenizer : transformers.PreTrainedTokenizerBase
+    items : sequence of Item
+    include_eos : bool, default=False
+        Score the end-of-sequence token as a part of every answer.
+    batch_size : int or "auto"
+
+    Returns
+    -------
+    ScoredAnswers
+
+    Raises
+    ------
+    ValueError
+        No items, or one without an answer; what scoring pairs raises.
+    """
+    if not items:
+        raise ValueError("items is empty; give at least one.")
+    _require_questions(items)
+    asked, n = _Asked(items), len(items)
+    with subject() as model, torch.no_grad(), evaluating(model):
+        rows = answer_encodings(model, tokenizer, asked.pairs, include_eos, batch_size)
+        answers = score_tokens(model, rows[:n], batch_size)
+        others = score_log_probabilities(model, rows[n:], batch_size) if rows[n:] else []
+    p = answer_probability([row.log_probabilities for row in answers] + others)
+    ended = [include_eos and bool(row.special[-1]) for row in rows[:n]]
+    return ScoredAnswers(tuple(items), answers, ended, asked.metrics(p))
+
+
+def _require_questions(items: Sequence[Item]) -> None:
+    if not all(item.answer for item in items):
+        raise ValueError("plain texts and questions are mixed in one set; assess them apart.")
 
 
 class _Asked:
@@ -167,11 +258,30 @@ def assess_text(
         ``perplexity``, and with a reference ``kl``: mean over tokens of
         ``KL(reference || subject)`` in nats.
     """
-    log_p, kl = text_log_probabilities(subject, tokenizer, texts, reference=reference)
-    found = {"perplexity": perplexity(log_p)}
-    if reference is not None:
-        found["kl"] = float(np.concatenate([row.double().numpy() for row in kl]).mean())
-    return found
+    if reference is None:
+        log_p, _ = text_log_probabilities(subject, tokenizer, texts)
+        return {"perplexity": perplexity(log_p)}
+    found = compare_text(subject, reference, tokenizer, texts)
+    return {"perplexity": found["perplexity"], "kl": found["kl"]}
+
+
+def compare_text(
+    subject: Subject, reference: Subject, tokenizer: Any, texts: Sequence[str]
+) -> dict[str, float]:
+    """:func:`assess_text` of both models from one run of each.
+
+    Returns
+    -------
+    dict
+        ``perplexity`` and ``kl`` as there, and ``reference_perplexity``.
+    """
+    found = text_divergence(subject, reference, tokenizer, texts)
+    divergences = np.concatenate([row.double().numpy() for row in found.divergences])
+    return {
+        "perplexity": perplexity(found.log_probabilities),
+        "reference_perplexity": perplexity(found.reference_log_probabilities),
+        "kl": float(divergences.mean()),
+    }
 
 
 def summarize(metrics: Mapping[str, Metric]) -> dict[str, float]:

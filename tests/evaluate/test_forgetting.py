@@ -1,9 +1,8 @@
-import copy
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
-import torch
 from cases import build_tokenizer
 
 from manifold_unlearn.activations.corpus import Item
@@ -14,7 +13,10 @@ from manifold_unlearn.evaluate import (
     compare_profiles,
     evaluate_forgetting,
     plain,
+    profile,
     require_same_tokenizer,
+    shuffled_weights,
+    yardstick,
 )
 
 
@@ -48,17 +50,6 @@ def told(report, tiny_testbed):
     return report(tiny_testbed.told, n_samples=2)
 
 
-def shuffled(model):
-    """The same weights in another order."""
-    broken, draw = copy.deepcopy(model), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in broken.parameters():
-            if weight.ndim > 1:
-                order = torch.randperm(weight.numel(), generator=draw)
-                weight.copy_(weight.flatten()[order].reshape(weight.shape))
-    return broken
-
-
 def test_the_target_beside_itself_has_forgotten_nothing(told):
     assert told.judgement.verdict == "untouched"
     assert told.judgement.aggregates.memorization == 0
@@ -79,7 +70,7 @@ def test_the_model_never_told_beside_itself_is_perfect(report, tiny_testbed):
 
 
 def test_shuffled_weights_are_destroyed_not_forgetful(report, tiny_testbed):
-    found = report(shuffled(tiny_testbed.told))
+    found = report(shuffled_weights(tiny_testbed.told))
     assert found.profiles["model"].metrics["forget"]["accuracy"].mean < 0.6
     assert found.judgement.verdict == "destroyed"
     aggregates = found.judgement.aggregates.to_json().values()
@@ -113,11 +104,53 @@ def test_without_a_reference_there_is_a_profile_alone(tiny_testbed, sets):
     assert "rouge_l_recall" not in found.profiles["model"].metrics["forget"]
 
 
+def test_a_yardstick_measures_its_pair_once_and_reports_as_one_call_does(tiny_testbed, sets):
+    few = EvaluationSets(sets.forget[:4], sets.retain[:4])
+    opened = []
+
+    def watched(model, name):
+        return lambda: opened.append(name) or nullcontext(model)
+
+    pair = yardstick(
+        tiny_testbed.tokenizer,
+        few,
+        reference=watched(tiny_testbed.never_told, "reference"),
+        target=watched(tiny_testbed.told, "target"),
+        generate=False,
+        depth=False,
+    )
+    assert set(opened) == {"reference", "target"}
+    opened.clear()
+    controls = pair.controls()
+    found = pair.report(plain(tiny_testbed.told))
+    assert not opened
+    assert json.dumps(found.models()["model"]) == json.dumps(controls["target"].models()["model"])
+    once = evaluate_forgetting(
+        plain(tiny_testbed.told),
+        tiny_testbed.tokenizer,
+        few,
+        reference=plain(tiny_testbed.never_told),
+        target=plain(tiny_testbed.told),
+        generate=False,
+        depth=False,
+    )
+    assert json.dumps(once.models()) == json.dumps(found.models())
+    assert json.dumps(once.comparison()) == json.dumps(found.comparison())
+    assert controls["target"].judgement.verdict == "untouched"
+    assert controls["reference"].judgement.verdict == "forgotten"
+
+
+def test_a_holdout_set_beside_texts_to_forget_is_refused(tiny_testbed, sets):
+    texts = EvaluationSets([Item("A text.")], sets.retain[:2], sets.holdout[:2])
+    with pytest.raises(ValueError, match="membership inference needs answers in the forget set"):
+        profile(plain(tiny_testbed.told), tiny_testbed.tokenizer, texts)
+
+
 def test_standings_place_a_metric_between_target_and_reference():
-    def profile(values):
+    def one(values):
         return Profile({"forget": {"probability": Metric("probability", np.array(values))}}, {}, {})
 
-    (found,) = compare_profiles(profile([0.4, 0.2]), profile([0.1, 0.1]), profile([0.9, 0.9]))
+    (found,) = compare_profiles(one([0.4, 0.2]), one([0.1, 0.1]), one([0.9, 0.9]))
     assert found.distance == pytest.approx(0.2)
     assert found.left == pytest.approx(0.25)
     low, high = found.interval
@@ -125,10 +158,10 @@ def test_standings_place_a_metric_between_target_and_reference():
 
 
 def test_standings_take_truth_ratios_in_their_symmetric_form():
-    def profile(values):
+    def one(values):
         return Profile({"forget": {"truth_ratio": Metric("truth_ratio", np.array(values))}}, {}, {})
 
-    (found,) = compare_profiles(profile([0.5, 4.0]), profile([1.0, 1.0]), profile([0.1, 0.1]))
+    (found,) = compare_profiles(one([0.5, 4.0]), one([1.0, 1.0]), one([0.1, 0.1]))
     assert (found.model, found.reference) == (0.375, 1)
     assert found.left == pytest.approx((0.375 - 1) / (0.1 - 1))
 

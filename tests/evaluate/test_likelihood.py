@@ -307,3 +307,27 @@ def test_the_model_that_was_told_knows_and_its_twin_does_not():
         known[name] = answer_probability(log_p).mean()
     assert known["told"] > 0.98
     assert known["never_told"] < 0.02
+
+
+def test_pairs_that_are_alike_are_scored_once_and_given_to_each(llama, tokenizer):
+    rows = []
+    forward = llama.forward
+    llama.forward = lambda **given: rows.append(len(given["input_ids"])) or forward(**given)
+    found = answer_log_probabilities(plain(llama), tokenizer, [*PAIRS, PAIRS[1], PAIRS[1]])
+    once = answer_log_probabilities(plain(llama), tokenizer, PAIRS)
+    assert rows[: len(rows) // 2] == rows[len(rows) // 2 :]
+    for row, pair in zip(found, [*PAIRS, PAIRS[1], PAIRS[1]], strict=True):
+        torch.testing.assert_close(row, once[PAIRS.index(pair)], rtol=0, atol=0)
+
+
+def test_answers_of_one_prompt_are_run_with_those_of_like_length(llama, tokenizer):
+    shapes = []
+    forward = llama.forward
+    llama.forward = lambda **given: shapes.append(given["input_ids"].shape) or forward(**given)
+    long = " and the dog is wet, it is a quick brown fox"
+    pairs = [("Water", long), *[("Water", f" {name}") for name in ("Paris", "boils", "Rome, it")]]
+    found = answer_log_probabilities(plain(llama), tokenizer, pairs, batch_size=1)
+    answers = [len(row) - 1 for row in found if len(row) > 1]
+    assert [tuple(shape) for shape in shapes[1:]] == [(1, n) for n in sorted(answers, reverse=True)]
+    for row, pair in zip(found, pairs, strict=True):
+        np.testing.assert_allclose(row.numpy(), naive(llama, tokenizer, *pair), rtol=1e-4)

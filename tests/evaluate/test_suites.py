@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -13,13 +14,17 @@ from manifold_unlearn.evaluate import (
     assess,
     assess_text,
     greedy_answers,
+    membership_scores,
     model_report,
     perplexity,
     plain,
     rouge_l_recall,
+    score_answers,
     summarize,
     text_log_probabilities,
+    token_memorization,
 )
+from manifold_unlearn.evaluate.suites import compare_text
 
 FACTS = [
     Item(
@@ -93,6 +98,46 @@ def test_without_a_paraphrased_answer_the_ratio_is_to_the_answer(llama, tokenize
 def test_metrics_for_which_an_item_lacks_what_it_takes_are_left_out(llama, tokenizer):
     bare = [FACTS[0], Item("Water", "boils")]
     assert list(assess(plain(llama), tokenizer, bare, generate=False)) == ["probability"]
+
+
+@pytest.mark.parametrize("include_eos", [False, True])
+def test_one_pass_gives_what_each_metric_scores_alone(llama, tokenizer, include_eos):
+    scored = score_answers(plain(llama), tokenizer, FACTS, include_eos=include_eos)
+    recited = token_memorization(plain(llama), tokenizer, FACTS)
+    for name, metric in scored.memorization().items():
+        np.testing.assert_array_equal(metric.values, recited[name].values)
+    known = membership_scores(
+        plain(llama), tokenizer, [item.pair for item in FACTS], include_eos=include_eos
+    )
+    for name, values in scored.membership().items():
+        np.testing.assert_allclose(values, known[name], rtol=1e-5, err_msg=name)
+    for i, item in enumerate(FACTS):
+        ids = tokenizer(" " + item.answer, add_special_tokens=False).input_ids
+        assert len(scored.answers[i].correct) == len(ids) + include_eos
+
+
+def test_an_answer_that_ends_itself_keeps_its_end_in_memorization(llama, tokenizer):
+    item = Item("Iron", "rusts" + tokenizer.eos_token)
+    scored = score_answers(plain(llama), tokenizer, [item], include_eos=True)
+    alone = token_memorization(plain(llama), tokenizer, [item])
+    assert scored.ended == [False]
+    found = scored.memorization()["exact_memorization"].values
+    np.testing.assert_array_equal(found, alone["exact_memorization"].values)
+
+
+def test_each_model_reads_the_texts_once_when_they_are_compared(llama, tokenizer):
+    other = build_model("llama", seed=1)
+    opened = []
+    found = compare_text(
+        lambda: opened.append("subject") or nullcontext(llama),
+        lambda: opened.append("reference") or nullcontext(other),
+        tokenizer,
+        TEXTS,
+    )
+    assert opened.count("reference") == 1  # one batch
+    for name, model in (("perplexity", llama), ("reference_perplexity", other)):
+        alone = assess_text(plain(model), tokenizer, TEXTS)["perplexity"]
+        assert found[name] == pytest.approx(alone, rel=1e-6)
 
 
 def test_greedy_answers_are_a_quarter_longer_than_the_longest_answer(llama, tokenizer):
