@@ -196,7 +196,6 @@ def draw(
     int64 Tensor of shape (n_rows,), on the CPU
     """
     p = (logits.double() / temperature).softmax(-1).cpu()
-    require_numbers(list(p), "sampled sequence")
     if top_p < 1:
         ordered, order = p.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered
@@ -204,6 +203,7 @@ def draw(
             torch.zeros_like(p, dtype=torch.bool).scatter(-1, order, before >= top_p), 0
         )
     total = p.cumsum(-1)
+    require_numbers(list(total[:, -1:]), "sampled sequence")
     at = uniform[:, None] * total[:, -1:]
     found = torch.searchsorted(total, at, right=True)[:, 0]
     return found.clamp(max=p.shape[-1] - 1)
