@@ -8,6 +8,7 @@ import socket
 import pytest
 import torch
 from cases import ARCHITECTURES, build_model, build_tokenizer
+from filelock import FileLock
 
 torch.set_num_threads(1)  # arrays are small here: threads would only wait for each other
 
@@ -54,6 +55,9 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def tiny_testbed():
     """Models told and never told of a fictional world; trained once, then cached. Do not change."""
+    from manifold_unlearn.testbed.cache import cache_directory
     from manifold_unlearn.testbed.models import load_testbed
 
-    return load_testbed("tiny", device="cpu", progress=False)
+    cache_directory().mkdir(parents=True, exist_ok=True)
+    with FileLock(cache_directory() / "tests.lock"):  # one worker trains, the others read
+        return load_testbed("tiny", device="cpu", progress=False)
