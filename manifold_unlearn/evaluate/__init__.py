@@ -14,6 +14,10 @@ from manifold_unlearn.evaluate.depth import (
     unlearning_depth,
     unlearning_depth_score,
 )
+from manifold_unlearn.evaluate.depth_control import (
+    ControlledDepth,
+    controlled_depth,
+)
 from manifold_unlearn.evaluate.fluency import (
     n_gram_entropy,
     reference_fluency,
@@ -126,6 +130,7 @@ __all__ = [
     "Change",
     "ChoiceQuestion",
     "ChoiceScores",
+    "ControlledDepth",
     "EvaluationSets",
     "ForgettingReport",
     "Judgement",
@@ -152,6 +157,7 @@ __all__ = [
     "choice_questions",
     "cka_erasure",
     "compare_profiles",
+    "controlled_depth",
     "evaluate_forgetting",
     "exact_memorization",
     "exact_memorization_published",

@@ -37,6 +37,9 @@ GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Parts of each aggregate; privacy also holds mia, overall holds memorization, privacy, utility."""
 
+CONTROLLED: Mapping[str, str] = MappingProxyType({"depth": "controlled_depth"})
+"""What :func:`judge` takes for a part, where all three models have it: the same under a control."""
+
 Verdict: TypeAlias = Literal["destroyed", "untouched", "partly forgotten", "forgotten"]
 
 
@@ -201,7 +204,8 @@ def judge(
     ----------
     model, target, retrained : mapping of str to float
         Parts by the names of :data:`GROUPS`, all in their plain sense (``extraction_strength`` is
-        high where much is recited). One of utility's is needed; of the others what there is.
+        high where much is recited). One of utility's is needed; of the others what there is. With
+        ``controlled_depth`` (see :data:`CONTROLLED`) of all three, that one in place of ``depth``.
     destroyed_below : float, default=0.5
         Relative utility under which all aggregates are 0 and the verdict is ``"destroyed"``.
     least_gap : float, default=0.02
@@ -211,7 +215,7 @@ def judge(
     -------
     Judgement
         ``"forgotten"`` from .9 for the harmonic mean of memorization and privacy, ``"untouched"``
-        where no part is nearer than .1.
+        where no part is nearer than .1. Which depth was used stands in ``nearness``.
 
     Raises
     ------
@@ -232,8 +236,11 @@ def judge(
         harmonic_mean([model[n] for n in useful]), harmonic_mean([retrained[n] for n in useful])
     )
     nearness, left_out = {}, []
-    for name in (*GROUPS["memorization"], *GROUPS["mia"], *GROUPS["privacy"]):
-        measured = all(name in parts for parts in (model, target, retrained))
+    three = (model, target, retrained)
+    for part in (*GROUPS["memorization"], *GROUPS["mia"], *GROUPS["privacy"]):
+        better = CONTROLLED.get(part, part)
+        name = better if all(better in parts for parts in three) else part
+        measured = all(name in parts for parts in three)
         gap = abs(target[name] - retrained[name]) if measured else 0.0
         if gap > 0 and gap >= least_gap:
             nearness[name] = 1 - min(abs(model[name] - retrained[name]) / gap, 1.0)
@@ -272,10 +279,12 @@ def _combine(nearness: Mapping[str, float], utility: float) -> Aggregates:
     def mean(values: list[float]) -> float | None:
         return harmonic_mean(values) if values else None
 
-    memorization = mean([nearness[n] for n in GROUPS["memorization"] if n in nearness])
-    mia = mean([nearness[n] for n in GROUPS["mia"] if n in nearness])
-    private = [] if mia is None else [mia]
-    privacy = mean(private + [nearness[n] for n in GROUPS["privacy"] if n in nearness])
+    def of(group: str) -> list[float]:
+        names = {name for part in GROUPS[group] for name in (part, CONTROLLED.get(part))}
+        return [value for name, value in nearness.items() if name in names]
+
+    memorization, mia = mean(of("memorization")), mean(of("mia"))
+    privacy = mean([*([] if mia is None else [mia]), *of("privacy")])
     measured = [value for value in (memorization, privacy) if value is not None]
     return Aggregates(memorization, mia, privacy, utility, mean([*measured, utility]))
 

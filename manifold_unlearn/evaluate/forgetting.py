@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from manifold_unlearn.evaluate.aggregate import GROUPS, Judgement, judge
+import numpy as np
+
+from manifold_unlearn.activations.corpus import Item
+from manifold_unlearn.evaluate.aggregate import CONTROLLED, GROUPS, Judgement, judge
 from manifold_unlearn.evaluate.depth import LayerDrop, forced_drop, unlearning_depth
+from manifold_unlearn.evaluate.depth_control import controlled_depth
 from manifold_unlearn.evaluate.fluency import reference_fluency
 from manifold_unlearn.evaluate.forced import Forced, force, named_sites
 from manifold_unlearn.evaluate.likelihood import Subject
@@ -16,6 +20,13 @@ from manifold_unlearn.evaluate.privacy import privacy_leakage
 from manifold_unlearn.evaluate.profiles import EvaluationSets, Profile, profile
 from manifold_unlearn.evaluate.results import Metric, paired_difference
 from manifold_unlearn.evaluate.suites import model_report
+
+CONTROL_ITEMS = 64
+"""Retain items, at most, on which the depth has its control."""
+
+LEAST_CONTROL_ITEMS = 16
+"""Retain items that both models know under which there is no control. Of subsets of 24 of the
+testbed's, one in 20 is far off; of 48, none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,12 +73,16 @@ class ForgettingReport:
         None without both reference and target, and where ``not_judged`` says why.
     not_judged : str
         What keeps three models from being judged; empty where nothing does.
+    not_controlled : str
+        Why the depth has no control and the published form is judged by; empty where it has one,
+        or no depth was measured.
     """
 
     profiles: dict[str, Profile]
     standings: list[Standing] = field(default_factory=list)
     judgement: Judgement | None = None
     not_judged: str = ""
+    not_controlled: str = ""
 
     def models(self) -> dict[str, dict[str, Any]]:
         """One entry a model: means by set, forget quality, utility, figures; as JSON holds them."""
@@ -83,7 +98,12 @@ class ForgettingReport:
         """The standings and the judgement, as JSON holds them."""
         judged = None if self.judgement is None else self.judgement.to_json()
         standings = [vars(standing) for standing in self.standings]
-        return {"standings": standings, "judgement": judged, "not_judged": self.not_judged}
+        return {
+            "standings": standings,
+            "judgement": judged,
+            "not_judged": self.not_judged,
+            "not_controlled": self.not_controlled,
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +118,10 @@ class Yardstick:
     sets : EvaluationSets
     reference, target : Subject or None
     profiles : dict of str to Profile
-        Of those of ``"reference"`` and ``"target"`` that there are, with fluency and depth.
+        Of those of ``"reference"`` and ``"target"`` that there are, with fluency and depth: as
+        published, and with a control on retain items that both models know
+        (``controlled_depth``), where it could be measured. ``misaligned`` is the share of the
+        reference's fall that the control shows too.
     how : dict of str to object
         Keywords of :func:`profile`, the same for every model.
     """
@@ -148,7 +171,8 @@ class Yardstick:
                 judged = judge(parts["model"], target=parts["target"], retrained=parts["reference"])
             except ValueError as error:
                 not_judged = str(error)
-        return ForgettingReport(profiles, standings, judged, not_judged)
+        reason = "" if self._depths is None else self._depths.not_controlled
+        return ForgettingReport(profiles, standings, judged, not_judged, reason)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,14 +181,77 @@ class _Depths:
 
     target: Subject
     forced: Forced
-    sites: tuple[str, ...]
     reference: LayerDrop
+    control: tuple[Forced, LayerDrop] | None
+    """Retain items, and what they lose to the reference's states"""
+    not_controlled: str
 
     def figures(self, source: Subject) -> dict[str, float]:
-        return self.of(forced_drop(self.target, source, self.forced, self.sites))
+        sites = self.reference.sites
+        drop = forced_drop(self.target, source, self.forced, sites)
+        if self.control is None:
+            return self.of(drop)
+        return self.of(drop, forced_drop(self.target, source, self.control[0], sites))
 
-    def of(self, drop: LayerDrop) -> dict[str, float]:
-        return {"depth": unlearning_depth(drop, self.reference).score.mean}
+    def of(self, drop: LayerDrop, control: LayerDrop | None = None) -> dict[str, float]:
+        found = {"depth": unlearning_depth(drop, self.reference).score.mean}
+        if self.control is not None and control is not None:
+            found["controlled_depth"] = controlled_depth(
+                drop, self.reference, control=control, retrained_control=self.control[1]
+            ).score
+        return found
+
+    def of_pair(self) -> dict[str, dict[str, float]]:
+        """Figures of target and reference: the target's own states lower nothing."""
+        drop = self.reference
+        if self.control is None:
+            return {"target": self.of(_nothing(drop)), "reference": self.of(drop)}
+        control = self.control[1]
+        own = controlled_depth(drop, drop, control=control, retrained_control=control)
+        return {
+            "target": self.of(_nothing(drop), _nothing(control)),
+            "reference": self.of(drop, control) | {"misaligned": own.misaligned},
+        }
+
+
+def _nothing(drop: LayerDrop) -> LayerDrop:
+    return LayerDrop(drop.sites, np.zeros_like(drop.values))
+
+
+def _known_to_all(items: Sequence[Item], profiles: Iterable[Profile]) -> list[Item]:
+    """Items of whose answers all models recite at least half of the tokens, drawn at random."""
+    if not items[0].answer:
+        return []
+    recited = [one.metrics["retain"]["exact_memorization"].values for one in profiles]
+    known = np.flatnonzero(np.min(recited, axis=0) >= 0.5)
+    drawn = np.random.default_rng(0).permutation(known)[:CONTROL_ITEMS]
+    return [items[i] for i in np.sort(drawn)]
+
+
+def _depths(
+    target: Subject,
+    reference: Subject,
+    tokenizer: Any,
+    sets: EvaluationSets,
+    profiles: Mapping[str, Profile],
+) -> _Depths:
+    sites = named_sites(target, "blocks")
+    forced = force(target, tokenizer, sets.forget)
+    drop = forced_drop(target, reference, forced, sites)
+    known = _known_to_all(sets.retain, profiles.values())
+    if len(known) < LEAST_CONTROL_ITEMS:
+        reason = (
+            f"{len(known)} retain items have answers of which both models recite half; a control "
+            f"needs {LEAST_CONTROL_ITEMS}. Give more items that both know."
+        )
+        return _Depths(target, forced, drop, None, reason)
+    forced_known = force(target, tokenizer, known)
+    control = forced_drop(target, reference, forced_known, sites)
+    try:
+        controlled_depth(drop, drop, control=control, retrained_control=control)
+    except ValueError as error:
+        return _Depths(target, forced, drop, None, str(error))
+    return _Depths(target, forced, drop, (forced_known, control), "")
 
 
 def yardstick(
@@ -199,10 +286,9 @@ def yardstick(
         for one in profiles.values():
             _add_fluency(one, profiles["reference"], reference, tokenizer, sets, how)
         if target is not None and depth and sets.forget[0].answer:
-            forced, sites = force(target, tokenizer, sets.forget), named_sites(target, "blocks")
-            depths = _Depths(target, forced, sites, forced_drop(target, reference, forced, sites))
-            profiles["reference"].figures["depth"] = depths.of(depths.reference)
-            profiles["target"].figures["depth"] = depths.figures(target)
+            depths = _depths(target, reference, tokenizer, sets, profiles)
+            for name, figures in depths.of_pair().items():
+                profiles[name].figures["depth"] = figures
     return Yardstick(tokenizer, sets, reference, target, profiles, how, depths)
 
 
@@ -232,7 +318,8 @@ def evaluate_forgetting(
     target : Subject, optional
         The model that was told.
     depth : bool, default=True
-        With both, also measure the unlearning depth score by activation patching.
+        With both, also measure the unlearning depth score by activation patching, as published
+        and with a control on at most :data:`CONTROL_ITEMS` retain items.
     **how
         As in :func:`profile`.
 
@@ -266,7 +353,7 @@ def _add_fluency(
 
 
 def judged_parts(one: Profile) -> dict[str, float]:
-    """Those of the parts that :data:`GROUPS` names which a profile holds."""
+    """Those of the parts that :data:`GROUPS` and :data:`CONTROLLED` name which a profile holds."""
     forget, retain = one.metrics["forget"], one.metrics["retain"]
     found = {name: metric.mean for name, metric in forget.items()}
     if "truth_ratio" in forget:
@@ -276,7 +363,7 @@ def judged_parts(one: Profile) -> dict[str, float]:
     found["model_utility"] = model_report(forget, retain, None)["model_utility"]
     if "fluency" in retain:
         found["fluency"] = retain["fluency"].mean
-    wanted = {name for names in GROUPS.values() for name in names}
+    wanted = {name for names in (*GROUPS.values(), CONTROLLED.values()) for name in names}
     return {name: value for name, value in found.items() if name in wanted}
 
 

@@ -177,6 +177,34 @@ def test_parts_that_say_nothing_are_left_out_and_named():
     assert found.aggregates.privacy == found.aggregates.mia
 
 
+def test_the_controlled_depth_is_judged_by_where_all_three_have_it():
+    model, target, retrained = (
+        parts | {"controlled_depth": value}
+        for parts, value in ((RETRAINED | {"depth": 0.6}, 0.95), (TARGET, 0.0), (RETRAINED, 1.0))
+    )
+    found = judge(model, target=target, retrained=retrained)
+    assert found.nearness["controlled_depth"] == pytest.approx(0.95)
+    assert "depth" not in found.nearness and "depth" not in found.left_out
+    assert found.aggregates.privacy == pytest.approx(2 / (1 + 1 / 0.95))
+    for lacking in ("model", "target", "retrained"):
+        three = {"model": model, "target": target, "retrained": retrained}
+        three[lacking] = {k: v for k, v in three[lacking].items() if k != "controlled_depth"}
+        found = judge(three.pop("model"), **three)
+        assert found.nearness["depth"] == pytest.approx(0.6)
+        assert "controlled_depth" not in found.nearness
+        assert found.aggregates.privacy == pytest.approx(2 / (1 + 1 / 0.6))
+
+
+def test_published_aggregates_are_of_the_published_depth():
+    controlled = published_aggregates(
+        TARGET | {"depth": 0.5, "controlled_depth": 0.9}, retrained=RETRAINED, target_utility=0.72
+    )
+    published = published_aggregates(
+        TARGET | {"depth": 0.5}, retrained=RETRAINED, target_utility=0.72
+    )
+    assert controlled == published
+
+
 def test_what_cannot_be_judged_is_refused():
     blind = {name: v for name, v in TARGET.items() if name not in GROUPS["utility"]}
     with pytest.raises(ValueError, match="no part of utility"):

@@ -12,12 +12,14 @@ from manifold_unlearn.evaluate import (
     Profile,
     compare_profiles,
     evaluate_forgetting,
+    forgetting,
     plain,
     profile,
     require_same_tokenizer,
     shuffled_weights,
     yardstick,
 )
+from manifold_unlearn.evaluate.depth import forced_drop
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +140,63 @@ def test_a_yardstick_measures_its_pair_once_and_reports_as_one_call_does(tiny_te
     assert json.dumps(once.comparison()) == json.dumps(found.comparison())
     assert controls["target"].judgement.verdict == "untouched"
     assert controls["reference"].judgement.verdict == "forgotten"
+
+
+def without_generation(bed, sets, **how):
+    return yardstick(
+        bed.tokenizer,
+        sets,
+        reference=plain(bed.never_told),
+        target=plain(bed.told),
+        generate=False,
+        **how,
+    )
+
+
+def test_the_depth_is_judged_under_a_control_of_retain_items(tiny_testbed, monkeypatch):
+    """Both models know the retain set; 64 of its items are drawn, once."""
+    bed = tiny_testbed
+    patched = []
+
+    def counted(target, source, forced, sites):
+        patched.append(len(forced))
+        return forced_drop(target, source, forced, sites)
+
+    monkeypatch.setattr(forgetting, "forced_drop", counted)
+    pair = without_generation(bed, EvaluationSets(bed.world.forget, bed.world.retain))
+    assert patched == [48, 64]
+    controls = pair.controls()
+    for name, expected in (("target", 0), ("reference", 1)):
+        assert controls[name].profiles["model"].figures["depth"]["controlled_depth"] == expected
+        assert "controlled_depth" in controls[name].judgement.nearness
+        assert controls[name].not_controlled == ""
+    assert controls["target"].judgement.verdict == "untouched"
+    assert controls["reference"].judgement.verdict == "forgotten"
+    assert 0.4 < pair.profiles["reference"].figures["depth"]["misaligned"] < 1
+    found = pair.report(plain(shuffled_weights(bed.told)))
+    assert patched == [48, 64, 48, 64]
+    figures = found.profiles["model"].figures["depth"]
+    assert figures["depth"] > 0.9 > 0.4 > figures["controlled_depth"]
+
+
+def test_the_published_depth_judges_and_says_why_where_there_is_no_control(tiny_testbed):
+    bed = tiny_testbed
+    unknown = without_generation(bed, EvaluationSets(bed.world.forget, bed.world.holdout))
+    found = unknown.controls()["reference"]
+    assert "of which both models recite half; a control needs 16" in found.not_controlled
+    assert found.judgement.nearness["depth"] == 1
+    assert "controlled_depth" not in found.profiles["model"].figures["depth"]
+    assert found.comparison()["not_controlled"] == found.not_controlled
+    swapped = without_generation(bed, EvaluationSets(bed.world.retain[:9], bed.world.retain))
+    found = swapped.controls()["target"]
+    assert "at no site does the retrained model lower" in found.not_controlled
+    texts = EvaluationSets(bed.world.forget, [Item(text) for text in bed.world.texts("filler")][:3])
+    assert (
+        "0 retain items have answers"
+        in without_generation(bed, texts).controls()["target"].not_controlled
+    )
+    shallow = without_generation(bed, texts, depth=False).controls()["target"]
+    assert shallow.not_controlled == "" and "depth" not in shallow.profiles["model"].figures
 
 
 def test_a_holdout_set_beside_texts_to_forget_is_refused(tiny_testbed, sets):
