@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from itertools import count
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -12,39 +12,58 @@ from torch import Tensor, nn
 
 from manifold_unlearn.activations.capture import read_rows
 from manifold_unlearn.activations.sites import find_decoder, resolve_site
-from manifold_unlearn.intervene.maps import AffineSiteMap, SiteMap, bias_free, callable_map
+from manifold_unlearn.intervene.maps import (
+    AnyMap,
+    SequentialSiteMap,
+    SiteMap,
+    bias_free,
+    callable_map,
+    is_sequential,
+)
+from manifold_unlearn.intervene.sequence import ForwardPass
 
 STREAM = "stream"
 """Name that stands for all writers of the residual stream together."""
 
 EditedTokens: TypeAlias = "Literal['all', 'last', 'prompt', 'generated'] | Tensor"
 
-
-@dataclass
-class _Pass:
-    """Where the forward pass now running stands in its sequences."""
-
-    past: int
-    attention_mask: Tensor | None
+_keys = count()
 
 
 class _Edit:
     """One site's hook: replaces the rows that pass it; the rows it was given stay as they are."""
 
-    def __init__(self, name: str, site_map: SiteMap, gate: Callable[[Tensor], Tensor] | None):
+    def __init__(
+        self,
+        name: str,
+        site_map: SiteMap | SequentialSiteMap,
+        running: ForwardPass,
+        gate: Callable[[Tensor], Tensor] | None,
+    ):
         self.name = name
-        self.fitted = site_map
-        self.placed = site_map
+        self.fitted: Any = site_map
+        self.placed: Any = site_map
         self.place: tuple[torch.device, torch.dtype] | None = None
+        self.width = _width(site_map)
+        self.running = running
         self.gate = gate
+        self.key = next(_keys) if is_sequential(site_map) else None
+
+    def put(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move the map to where the rows are."""
+        move = getattr(self.fitted, "to", None)
+        self.placed = move(device, dtype) if move else self.fitted
+        self.place = (device, dtype)
 
     def edited(self, hidden: Tensor) -> Tensor:
         if self.place != (hidden.device, hidden.dtype):
-            move = getattr(self.fitted, "to", None)
-            self.placed = move(hidden.device, hidden.dtype) if move else self.fitted
-            self.place = (hidden.device, hidden.dtype)
-            self._check_width(hidden)
-        result = self.placed(hidden)
+            self.put(hidden.device, hidden.dtype)
+        if self.width not in (None, hidden.shape[-1]):
+            raise ValueError(
+                f"the map at {self.name!r} was fitted for width {self.width}; the site has width "
+                f"{hidden.shape[-1]}. Fit it on activations of this site."
+            )
+        result = self.placed(hidden) if self.key is None else self._stepped(hidden, self.key)
         if result.shape != hidden.shape:
             raise ValueError(
                 f"the map at {self.name!r} answered {tuple(result.shape)} to "
@@ -54,13 +73,26 @@ class _Edit:
             result = torch.where(self.gate(hidden), result, hidden)
         return result
 
-    def _check_width(self, hidden: Tensor) -> None:
-        width = getattr(getattr(self.fitted, "bias_", None), "shape", hidden.shape[-1:])[0]
-        if width != hidden.shape[-1]:
+    def _stepped(self, hidden: Tensor, key: int) -> Tensor:
+        if hidden.ndim != 3:
             raise ValueError(
-                f"the map at {self.name!r} was fitted for width {width}; the site has width "
-                f"{hidden.shape[-1]}. Fit it on activations of this site."
+                f"site {self.name!r} carries rows {tuple(hidden.shape)}; evidence over a sequence "
+                "needs (batch, length, d). Choose a site of the decoder."
             )
+        shape = tuple(getattr(self.placed, "evidence_shape", ()))
+        present, first = self.running.present(hidden)
+        counted = present & ~first
+        start = self.running.start(key, hidden, shape)
+        result, evidence = self.placed.step(hidden, start, counted)
+        if evidence.shape != (*hidden.shape[:2], *shape):
+            raise ValueError(
+                f"the map at {self.name!r} answered evidence of shape {tuple(evidence.shape)}; "
+                f"expected {(*hidden.shape[:2], *shape)}, one a row."
+            )
+        self.running.gather(key, evidence)
+        if result.shape != hidden.shape:
+            return result
+        return torch.where(counted[..., None], result.to(hidden.dtype), hidden)
 
     def on_output(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         return self._replaced(output)
@@ -75,10 +107,17 @@ class _Edit:
         return [edited, *carried[1:]] if isinstance(carried, list) else edited
 
 
+def _width(site_map: Any) -> int | None:
+    """Width that a map was fitted for, where it says so."""
+    bias = getattr(site_map, "bias_", None)
+    width = getattr(site_map, "n_features_in_", None) if bias is None else bias.shape[0]
+    return None if width is None else int(width)
+
+
 @contextmanager
 def intervene(
     model: nn.Module,
-    site_maps: Mapping[str, SiteMap | AffineSiteMap],
+    site_maps: Mapping[str, AnyMap],
     *,
     tokens: EditedTokens = "all",
 ) -> Iterator[nn.Module]:
@@ -95,6 +134,10 @@ def intervene(
         ``(..., d) -> (..., d)``, or an object with ``matrix_`` and ``bias_``. A fitted eraser is
         one. The name ``"stream"`` stands for all writers of the residual stream together: the
         linear part acts on ``embed``, every ``attn`` and every ``mlp``, the bias on ``embed``.
+        A :class:`~manifold_unlearn.intervene.maps.SequentialSiteMap` is used through its ``step``:
+        what a sequence has shown so far is kept with its keys and values in the KV cache, so that
+        cached, padded, beam and assisted generation edit what one pass over the text edits; the
+        first token of a sequence and padding neither count nor are edited.
     tokens : {"all", "last", "prompt", "generated"} or bool Tensor (batch, length), default="all"
         Rows to edit: all; the last of each sequence in each pass; those of the first pass
         (prefill); those of later passes (decoding with a KV cache); or those of a mask aligned
@@ -108,7 +151,13 @@ def intervene(
     Raises
     ------
     ValueError
-        No map, a site that does not exist, a map of another width than the site.
+        No map, a site that does not exist, a map of another width than the site; for a sequential
+        map a site outside the decoder, or a cache that has no list of layers.
+
+    Warns
+    -----
+    UserWarning
+        A sequential map meets a cache filled outside the block: what it holds is no evidence.
 
     Examples
     --------
@@ -119,12 +168,22 @@ def intervene(
         raise ValueError("site_maps is empty; give at least one site with its map.")
     maps = {n: callable_map(m, n) for n, m in expand_stream(model, site_maps).items()}
     sites = {name: resolve_site(model, name) for name in maps}
+    running = ForwardPass()
+    gate = None if isinstance(tokens, str) and tokens == "all" else _gate(tokens, running)
+    edits = {name: _Edit(name, maps[name], running, gate) for name in maps}
+    keys = [edit.key for edit in edits.values() if edit.key is not None]
     with ExitStack() as stack:
-        gate = None
-        if not (isinstance(tokens, str) and tokens == "all"):
-            gate = _gate(model, tokens, stack)
+        if gate is not None or keys:
+            decoder = _decoder(model)
+            handle = decoder.register_forward_pre_hook(running.begin, with_kwargs=True)
+            stack.callback(handle.remove)
+        if keys:
+            _check_inside(decoder, {n: sites[n].module for n in maps if edits[n].key is not None})
+            stack.callback(decoder.register_forward_hook(running.end).remove)
+            stack.callback(running.withdraw, keys)
         for name, site in sites.items():
-            edit = _Edit(name, maps[name], gate)
+            edit = edits[name]
+            edit.put(*_place(site.module, model))
             handle = (
                 site.module.register_forward_hook(edit.on_output)
                 if site.reads == "output"
@@ -132,6 +191,32 @@ def intervene(
             )
             stack.callback(handle.remove)
         yield model
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    """Module that is given the cache and the attention mask of a pass."""
+    try:
+        return find_decoder(model).module
+    except ValueError:
+        return model
+
+
+def _check_inside(decoder: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    inside = set(decoder.modules())
+    for name, module in modules.items():
+        if module not in inside:
+            raise ValueError(
+                f"site {name!r} lies outside the decoder, where no sequence of evidence can be "
+                "followed. Choose a site of the decoder, such as 'layers.0'."
+            )
+
+
+def _place(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where the rows of a module will be; if it turns out otherwise the map moves once more."""
+    for parameter in (*module.parameters(), *model.parameters()):
+        if parameter.dtype.is_floating_point:
+            return parameter.device, parameter.dtype
+    return torch.device("cpu"), torch.float32
 
 
 def is_intervened(model: nn.Module) -> bool:
@@ -143,9 +228,7 @@ def is_intervened(model: nn.Module) -> bool:
     )
 
 
-def expand_stream(
-    model: nn.Module, site_maps: Mapping[str, SiteMap | AffineSiteMap]
-) -> dict[str, SiteMap | AffineSiteMap]:
+def expand_stream(model: nn.Module, site_maps: Mapping[str, AnyMap]) -> dict[str, AnyMap]:
     """Replace ``"stream"`` by the writers it stands for.
 
     Raises
@@ -163,7 +246,7 @@ def expand_stream(
         )
     whole = site_maps[STREAM]
     linear = bias_free(whole, STREAM)
-    writers: dict[str, SiteMap | AffineSiteMap] = {"embed": whole}
+    writers: dict[str, AnyMap] = {"embed": whole}
     for i in range(len(decoder.blocks)):
         writers |= {f"layers.{i}.attn": linear, f"layers.{i}.mlp": linear}
     others = {name: site_map for name, site_map in site_maps.items() if name != STREAM}
@@ -172,35 +255,26 @@ def expand_stream(
     return {**writers, **others}
 
 
-def _gate(model: nn.Module, tokens: EditedTokens, stack: ExitStack) -> Callable[[Tensor], Tensor]:
+def _gate(tokens: EditedTokens, running: ForwardPass) -> Callable[[Tensor], Tensor]:
     """Build the function that says, for the hidden states of a pass, which rows to edit."""
     if isinstance(tokens, str) and tokens not in ("last", "prompt", "generated"):
         raise ValueError(
             f"tokens={tokens!r} is not 'all', 'last', 'prompt', 'generated' or a boolean mask."
         )
-    running = _Pass(0, None)
-
-    def note(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
-        running.past = int(cache.get_seq_length()) if cache is not None else 0
-        running.attention_mask = kwargs.get("attention_mask")
-
-    try:
-        root = find_decoder(model).module
-    except ValueError:
-        root = model
-    handle = root.register_forward_pre_hook(note, with_kwargs=True)
-    stack.callback(handle.remove)
 
     def gate(hidden: Tensor) -> Tensor:
         batch, length = hidden.shape[0], hidden.shape[1]
         if isinstance(tokens, Tensor):
-            chosen = _mask_rows(tokens, running.past, batch, length)
+            chosen = _mask_rows(tokens, int(running.past), batch, length).to(hidden.device)
         elif tokens == "last":
-            chosen = _last_rows(running.attention_mask, batch, length)
+            present, _ = running.present(hidden)
+            at = torch.arange(length, device=hidden.device)
+            chosen = at == length - 1 - present.flip(1).int().argmax(1)[:, None]
         else:
-            chosen = torch.full((batch, length), (running.past > 0) == (tokens == "generated"))
-        return chosen.to(hidden.device)[..., None]
+            later = (running.past > 0) == (tokens == "generated")
+            none = hidden.new_zeros(batch, length, dtype=torch.bool)
+            chosen = none | later
+        return chosen[..., None]
 
     return gate
 
@@ -214,13 +288,3 @@ def _mask_rows(mask: Tensor, past: int, batch: int, length: int) -> Tensor:
             f"({batch}, {length})."
         )
     return mask.to(torch.bool).repeat_interleave(batch // mask.shape[0], dim=0)
-
-
-def _last_rows(attention_mask: Tensor | None, batch: int, length: int) -> Tensor:
-    chosen = torch.zeros(batch, length, dtype=torch.bool)
-    last = torch.full((batch,), length - 1)
-    if attention_mask is not None and attention_mask.ndim == 2:
-        present = attention_mask[:, -length:].to("cpu", torch.int64)
-        last = length - 1 - present.flip(1).argmax(1)
-    chosen[torch.arange(batch), last] = True
-    return chosen

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,6 +23,38 @@ class SiteMap(Protocol):
 
 
 @runtime_checkable
+class SequentialSiteMap(Protocol):
+    """A map whose answer to a row depends on the rows before it, through gathered evidence.
+
+    The evidence is all it remembers: rows in two passes are edited as in one, if the second starts
+    with the evidence that the first ended with. A map may carry ``evidence_shape``, a tuple, when
+    one number a row is not enough: the shapes below then end in it. With
+    ``evidence == "token"`` the map is used as a :class:`SiteMap` instead.
+    """
+
+    def step(self, h: Tensor, start: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """Edited rows, and the evidence after every row.
+
+        Parameters
+        ----------
+        h : Tensor of shape (batch, length, d_site)
+            The next rows of every sequence.
+        start : Tensor of shape (batch,), float32, or float64 for such rows
+            Evidence before the first of them; 0 at the beginning of a sequence.
+        present : Tensor of shape (batch, length), bool
+            False for rows that neither count nor are edited: padding, and each sequence's first
+            token, which is an attention sink. Their evidence is that of the row before.
+
+        Returns
+        -------
+        edited : Tensor of shape (batch, length, d_site)
+            Same dtype and device as ``h``.
+        evidence : Tensor of shape (batch, length)
+        """
+        ...
+
+
+@runtime_checkable
 class AffineSiteMap(Protocol):
     """A map ``h -> matrix_ @ h + bias_``, which :func:`bake` can write into weights."""
 
@@ -35,6 +67,10 @@ class AffineSiteMap(Protocol):
     def bias_(self) -> Any:
         """``(d_site,)``."""
         ...
+
+
+AnyMap: TypeAlias = SiteMap | SequentialSiteMap | AffineSiteMap
+"""What :func:`intervene` takes at a site."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +154,14 @@ class DenseAffineMap:
         return DenseAffineMap(self.matrix_, torch.zeros_like(self.bias_))
 
 
-def affine_parts(site_map: SiteMap | AffineSiteMap, name: str) -> tuple[Tensor, Tensor]:
+def is_sequential(site_map: object) -> bool:
+    """Whether a map is used through ``step``: it has one, and its evidence is not a token's own."""
+    return callable(getattr(site_map, "step", None)) and (
+        getattr(site_map, "evidence", "sequence") != "token"
+    )
+
+
+def affine_parts(site_map: AnyMap, name: str) -> tuple[Tensor, Tensor]:
     """Matrix and bias of an affine map in float64 on the CPU.
 
     Raises
@@ -143,14 +186,14 @@ def affine_parts(site_map: SiteMap | AffineSiteMap, name: str) -> tuple[Tensor, 
     return matrix, bias
 
 
-def callable_map(site_map: SiteMap | AffineSiteMap, name: str) -> SiteMap:
-    """``site_map`` itself if it can be called, else its matrix and bias made callable."""
-    if callable(site_map):
-        return site_map
+def callable_map(site_map: AnyMap, name: str) -> SiteMap | SequentialSiteMap:
+    """``site_map`` itself if it can be used as it is, else its matrix and bias made callable."""
+    if is_sequential(site_map) or callable(site_map):
+        return cast("SiteMap | SequentialSiteMap", site_map)
     return DenseAffineMap(*affine_parts(site_map, name))
 
 
-def bias_free(site_map: SiteMap | AffineSiteMap, name: str) -> SiteMap:
+def bias_free(site_map: AnyMap, name: str) -> SiteMap:
     """Return the linear part of an affine map."""
     if hasattr(site_map, "linear"):
         return site_map.linear()
