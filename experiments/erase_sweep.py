@@ -17,7 +17,7 @@ from cli_from_dataclass import parse, write
 from manifold_unlearn.activations.models import load_model
 from manifold_unlearn.demo import PERPLEXITY_TARGET, TARGETS, known_facts
 from manifold_unlearn.evaluate.likelihood import plain
-from manifold_unlearn.pipeline import SubspaceRecipe
+from manifold_unlearn.recipe.subspace import SubspaceRecipe
 from manifold_unlearn.sweep import CANDIDATES, TopicTrials, Trial, best, describe
 from manifold_unlearn.testbed.facts import TEST_WORDING, VALIDATION_WORDING, topics
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from manifold_unlearn import __version__
 from manifold_unlearn.activations.corpus import Item, read_items
-from manifold_unlearn.pipeline import METHODS, SubspaceRecipe
+from manifold_unlearn.pipeline import METHODS
+from manifold_unlearn.recipe.subspace import SubspaceRecipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

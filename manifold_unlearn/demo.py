@@ -26,7 +26,8 @@ from manifold_unlearn.evaluate.separability import separability_by_position
 from manifold_unlearn.evaluate.suites import assess
 from manifold_unlearn.manifold.diffusion import DiffusionMap
 from manifold_unlearn.manifold.neighbors import nearest_neighbors
-from manifold_unlearn.pipeline import SubspaceRecipe, UnlearnResult, unlearn
+from manifold_unlearn.pipeline import UnlearnResult, unlearn
+from manifold_unlearn.recipe.subspace import SubspaceRecipe
 from manifold_unlearn.report import (
     EmbeddingPanel,
     Report,

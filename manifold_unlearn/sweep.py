@@ -20,7 +20,7 @@ from manifold_unlearn.evaluate.likelihood import Subject, answer_log_probabiliti
 from manifold_unlearn.evaluate.metrics import answer_probability
 from manifold_unlearn.evaluate.suites import assess_text
 from manifold_unlearn.intervene.hooks import intervene
-from manifold_unlearn.pipeline import SubspaceRecipe, fit_maps
+from manifold_unlearn.recipe.subspace import SubspaceRecipe, fit_maps
 from manifold_unlearn.testbed.facts import (
     VALIDATION_WORDING,
     Fact,

@@ -19,7 +19,7 @@ LAYERS = [
     {"pipeline"},
     {"report"},
     {"attack"},
-    {"evaluate"},
+    {"evaluate", "recipe"},
     {"finetune", "circuit"},
     {"erase", "steer", "dictionary"},
     {"intervene", "comparison"},

@@ -701,7 +701,7 @@ def test_the_demo_prints_table_and_verdict(monkeypatch, tmp_path, capsys):
 
 
 def test_the_demo_can_choose_its_recipe_anew(monkeypatch, tmp_path):
-    from manifold_unlearn.pipeline import SubspaceRecipe
+    from manifold_unlearn.recipe.subspace import SubspaceRecipe
 
     chosen, seen = SubspaceRecipe(rank=7), []
 

@@ -23,7 +23,7 @@ from manifold_unlearn.demo import (
 )
 from manifold_unlearn.evaluate import Change, Metric, assess, plain
 from manifold_unlearn.evaluate.suites import assess_text
-from manifold_unlearn.pipeline import SubspaceRecipe
+from manifold_unlearn.recipe.subspace import SubspaceRecipe
 from manifold_unlearn.testbed.facts import (
     FIT_WORDINGS,
     TEST_WORDING,

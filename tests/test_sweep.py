@@ -10,7 +10,7 @@ from manifold_unlearn.activations.corpus import read_items
 from manifold_unlearn.demo import demo_sets
 from manifold_unlearn.evaluate import answer_log_probabilities, answer_probability, plain
 from manifold_unlearn.evaluate.suites import assess_text
-from manifold_unlearn.pipeline import SubspaceRecipe, fit_edit
+from manifold_unlearn.recipe.subspace import SubspaceRecipe, fit_edit
 from manifold_unlearn.sweep import (
     CANDIDATES,
     N_VALIDATION_TEXTS,
