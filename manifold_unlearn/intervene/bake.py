@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,33 +16,10 @@ from manifold_unlearn.activations.sites import (
     site_names,
 )
 from manifold_unlearn.arrays import require_finite
+from manifold_unlearn.intervene.hooked_bake import LeastSquares
 from manifold_unlearn.intervene.hooks import STREAM, expand_stream, is_intervened
-from manifold_unlearn.intervene.maps import AffineSiteMap, affine_parts
-
-
-@dataclass(frozen=True)
-class _Linear:
-    """A linear module that writes a site, or reads it."""
-
-    module: nn.Module
-    path: str
-    role: Literal["writes", "reads"]
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the weight is stored ``(d_in, d_out)``, as in GPT-2's Conv1D."""
-        return type(self.module).__name__ == "Conv1D"
-
-    @property
-    def width(self) -> int:
-        d_out, d_in = self.weight.shape
-        return d_out if self.role == "writes" else d_in
-
-    @property
-    def weight(self) -> Tensor:
-        """(d_out, d_in), float64 on the CPU."""
-        stored: Tensor = self.module.weight.detach().to("cpu", torch.float64)  # type: ignore
-        return stored.T if self.transposed else stored
+from manifold_unlearn.intervene.linear import SiteLinear, linear_at
+from manifold_unlearn.intervene.maps import AffineSiteMap, SiteMap, affine_parts
 
 
 def is_bakeable(model: nn.Module, site: str, site_map: AffineSiteMap | None = None) -> bool:
@@ -67,7 +43,7 @@ def is_bakeable(model: nn.Module, site: str, site_map: AffineSiteMap | None = No
     resolve_site(model, site)
     if site == "embed":
         return True
-    linear = _linear_at(model, site)
+    linear = linear_at(model, site)
     if linear is None:
         return False
     if site_map is None or not bool(affine_parts(site_map, site)[1].any()):
@@ -75,7 +51,12 @@ def is_bakeable(model: nn.Module, site: str, site_map: AffineSiteMap | None = No
     return linear.module.bias is not None or _biased_config(model, linear.path) is not None
 
 
-def bake(model: nn.Module, site_maps: Mapping[str, AffineSiteMap]) -> Any:
+def bake(
+    model: nn.Module,
+    site_maps: Mapping[str, SiteMap | AffineSiteMap],
+    *,
+    least_squares: LeastSquares | None = None,
+) -> Any:
     """Model whose weights do what :func:`intervene` does with these maps on all tokens.
 
     Exact where a linear map writes or reads the site: ``layers.i.mlp`` and ``layers.i.attn``
@@ -88,7 +69,11 @@ def bake(model: nn.Module, site_maps: Mapping[str, AffineSiteMap]) -> Any:
     ----------
     model : transformers.PreTrainedModel
     site_maps : mapping of str to AffineSiteMap
-        Objects with ``matrix_ (d, d)`` and ``bias_ (d,)``.
+        Objects with ``matrix_ (d, d)`` and ``bias_ (d,)``; with ``least_squares`` any map.
+    least_squares : LeastSquares, optional
+        Where a site or a map has no exact weight edit, come as close to the hooked model as the
+        output matrices of the blocks can, instead of refusing. Its ``bake`` method also says how
+        close that is. Not asked where all maps bake exactly.
 
     Returns
     -------
@@ -109,6 +94,10 @@ def bake(model: nn.Module, site_maps: Mapping[str, AffineSiteMap]) -> Any:
         raise ValueError("site_maps is empty; give at least one site with its map.")
     if is_intervened(model):
         raise RuntimeError("the model is being intervened on; leave the with block, then bake.")
+    if least_squares is not None and not all(
+        isinstance(m, AffineSiteMap) and is_bakeable(model, name) for name, m in site_maps.items()
+    ):
+        return least_squares.bake(model, site_maps).model
     for name in site_maps:
         if not is_bakeable(model, name):
             raise ValueError(_not_bakeable(model, name))
@@ -121,7 +110,7 @@ def bake(model: nn.Module, site_maps: Mapping[str, AffineSiteMap]) -> Any:
         if name == "embed":
             _bake_embedding(find_decoder(edited), edited, matrix, bias)
         else:
-            linear = _linear_at(edited, name)
+            linear = linear_at(edited, name)
             assert linear is not None
             if linear.module is _output_embeddings(edited):
                 _untie(edited)
@@ -137,26 +126,9 @@ def _not_bakeable(model: nn.Module, name: str) -> str:
     return (
         f"site {name!r} has no exact weight edit: no single linear map writes or reads it. "
         f"Bakeable are 'embed', 'layers.i.attn', 'layers.i.mlp', 'layers.i.mlp.hidden' and "
-        f"'stream'; here {', '.join(near)}. Fit the map there, or keep it as a hook."
+        f"'stream'; here {', '.join(near)}. Fit the map there, keep it as a hook, or "
+        "ask for the nearest weights: bake(..., least_squares=LeastSquares(...))."
     )
-
-
-def _linear_at(model: nn.Module, name: str) -> _Linear | None:
-    """Linear module behind a site, or None where there is none."""
-    site = resolve_site(model, name)
-    role: Literal["writes", "reads"] = "writes" if site.reads == "output" else "reads"
-    module = site.module
-    if name.startswith("layers."):
-        layout = find_decoder(model).layout
-        for part, out in ((".attn", layout.attn_out), (".mlp", layout.mlp_out)):
-            if name.endswith(part):
-                module = getattr(module, out)
-    weight = getattr(module, "weight", None)
-    is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-    if not is_linear or not isinstance(weight, Tensor) or not weight.is_floating_point():
-        return None
-    path = next(path for path, candidate in model.named_modules() if candidate is module)
-    return _Linear(module, path, role)
 
 
 def _check_widths(model: nn.Module, parts: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -164,7 +136,7 @@ def _check_widths(model: nn.Module, parts: Mapping[str, tuple[Tensor, Tensor]]) 
         if name == "embed":
             width = find_decoder(model).tables[0].weight.shape[1]
         else:
-            linear = _linear_at(model, name)
+            linear = linear_at(model, name)
             assert linear is not None
             width = linear.width
         if matrix.shape[0] != width:
@@ -174,7 +146,7 @@ def _check_widths(model: nn.Module, parts: Mapping[str, tuple[Tensor, Tensor]]) 
             )
 
 
-def _bake_linear(linear: _Linear, matrix: Tensor, bias: Tensor) -> None:
+def _bake_linear(linear: SiteLinear, matrix: Tensor, bias: Tensor) -> None:
     module: Any = linear.module
     old = module.bias.detach().to("cpu", torch.float64) if module.bias is not None else None
     if linear.role == "writes":
@@ -184,9 +156,9 @@ def _bake_linear(linear: _Linear, matrix: Tensor, bias: Tensor) -> None:
         weight = linear.weight @ matrix
         shift = linear.weight @ bias
         new_bias = shift if old is None else old + shift
-    with torch.no_grad():
-        module.weight.copy_(weight.T if linear.transposed else weight)
-        if module.bias is not None:
+    linear.write(weight)
+    if module.bias is not None:
+        with torch.no_grad():
             module.bias.copy_(new_bias)
 
 
@@ -221,7 +193,7 @@ def _fields_for_biases(
     for name, (_, bias) in parts.items():
         if name == "embed" or not bias.any():
             continue
-        linear = _linear_at(model, name)
+        linear = linear_at(model, name)
         assert linear is not None
         if linear.module.bias is not None:
             continue
