@@ -96,10 +96,7 @@ def save(
         ``directory`` exists and is something else than an artifact.
     """
     directory = Path(directory)
-    if directory.exists() and not (directory / _MANIFEST).is_file() and any(directory.iterdir()):
-        raise FileExistsError(
-            f"{directory} exists and is not an artifact; choose another directory or remove it."
-        )
+    refuse_foreign(directory)
     with replacing(directory) as staged:
         staged.mkdir()
         apart = {  # copies, for safetensors takes no two names of one memory
@@ -115,6 +112,14 @@ def save(
         }
         text = json.dumps(manifest, indent=2, allow_nan=False)
         (staged / _MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def refuse_foreign(directory: Path) -> None:
+    """Raise ``FileExistsError`` if ``directory`` exists and is something else than an artifact."""
+    if directory.exists() and not (directory / _MANIFEST).is_file() and any(directory.iterdir()):
+        raise FileExistsError(
+            f"{directory} exists and is not an artifact; choose another directory or remove it."
+        )
 
 
 def load(directory: str | Path, kind: str | None = None) -> tuple[dict[str, Tensor], dict, str]:

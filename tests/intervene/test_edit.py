@@ -1,8 +1,11 @@
+import json
+from dataclasses import dataclass
+
 import pytest
 import torch
 from cases import TEXTS, WIDTH, logits
 
-from manifold_unlearn import Edit, SubspaceEraser, intervene
+from manifold_unlearn import Edit, SubspaceEraser, artifact, intervene
 from manifold_unlearn.intervene.maps import AffineMap
 
 SITES = ["layers.2.attn", "layers.0.mlp", "embed"]
@@ -90,3 +93,117 @@ def test_maps_that_erasers_fitted_save_as_an_edit(tmp_path):
     assert torch.equal(loaded.read, eraser.map_.read)
     assert torch.equal(loaded.write, eraser.map_.write)
     assert not torch.equal(loaded.read, loaded.write)
+
+
+# --- maps that save themselves --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """A map that is none of this package."""
+
+    by: torch.Tensor
+
+    def __call__(self, h):
+        return h * self.by.to(h.dtype)
+
+    def save(self, directory):
+        artifact.save(directory, "Scaled", {"by": self.by}, {})
+
+    @classmethod
+    def load(cls, directory):
+        return cls(**artifact.load(directory, "Scaled")[0])
+
+
+@pytest.fixture
+def mixed():
+    draw = torch.Generator().manual_seed(0)
+    X, y = torch.randn(60, WIDTH, generator=draw), torch.arange(60) % 2
+    eraser = SubspaceEraser("leace").fit(X + 3 * y[:, None], y)
+    scaled = Scaled(1 + torch.rand(WIDTH, generator=draw))
+    return Edit({"layers.1": eraser, "layers.0": drawn(), "embed": scaled})
+
+
+def test_maps_of_any_kind_load_as_they_were_saved(mixed, tmp_path, llama, tokenizer):
+    mixed.save(tmp_path / "edit")
+    loaded = Edit.load(tmp_path / "edit", kinds={"Scaled": Scaled})
+    assert list(loaded) == list(mixed)
+    assert [type(site_map) for site_map in loaded.values()] == [SubspaceEraser, AffineMap, Scaled]
+    ids = torch.tensor([tokenizer(TEXTS[0]).input_ids])
+    with intervene(llama, mixed):
+        wanted = logits(llama, ids)
+    with intervene(llama, loaded):
+        assert torch.equal(logits(llama, ids), wanted)
+    assert not torch.allclose(wanted, logits(llama, ids), atol=1e-2)
+
+
+def test_public_classes_need_no_naming(mixed, tmp_path):
+    Edit({"layers.1": mixed["layers.1"]}).save(tmp_path)
+    loaded = Edit.load(tmp_path)["layers.1"]
+    assert torch.equal(loaded.matrix_, mixed["layers.1"].matrix_)
+
+
+def test_an_edit_of_affine_maps_is_written_as_ever(edit, tmp_path):
+    """The form of version 0.1: one file of tensors, and the sites."""
+    edit.save(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["artifact.json", "tensors.safetensors"]
+    tensors, config, kind = artifact.load(tmp_path)
+    assert (kind, config) == ("Edit", {"sites": SITES})
+    assert set(tensors) == {f"{s}/{part}" for s in SITES for part in ("read", "write", "offset")}
+
+
+def test_saving_replaces_maps_that_were_there(mixed, edit, tmp_path):
+    mixed.save(tmp_path / "edit")
+    edit.save(tmp_path / "edit")
+    assert not (tmp_path / "edit" / "maps").exists()
+    mixed.save(tmp_path / "edit")
+    assert len(Edit.load(tmp_path / "edit", kinds={"Scaled": Scaled})) == 3
+
+
+def test_an_edit_that_fails_to_save_leaves_the_old_one(mixed, edit, tmp_path):
+    class Full(Scaled):
+        def save(self, directory):
+            raise OSError("disk is full")
+
+    edit.save(tmp_path / "edit")
+    with pytest.raises(OSError, match="disk is full"):
+        Edit({**mixed, "layers.2": Full(torch.ones(WIDTH))}).save(tmp_path / "edit")
+    assert list(Edit.load(tmp_path / "edit")) == SITES
+    assert [path.name for path in tmp_path.iterdir()] == ["edit"]
+
+
+def test_a_map_that_cannot_be_saved_is_named(tmp_path):
+    with pytest.raises(ValueError, match="'layers.0' is a function without save and load"):
+        Edit({"layers.0": lambda h: h}).save(tmp_path / "edit")
+    assert not (tmp_path / "edit").exists()
+
+
+@pytest.mark.parametrize("kind", ["Scaled", "unlearn", "annotations"])
+def test_a_class_that_is_not_known_is_named(mixed, tmp_path, kind):
+    """Only public classes that load themselves are taken by name from a file."""
+    mixed.save(tmp_path)
+    rewrite(tmp_path, "embed", "kind", kind)
+    with pytest.raises(ValueError, match=rf"'embed' is a {kind}, which is no public class"):
+        Edit.load(tmp_path)
+
+
+def test_a_map_is_looked_for_in_the_edit_alone(mixed, tmp_path):
+    mixed.save(tmp_path / "edit")
+    rewrite(tmp_path / "edit", "embed", "directory", "../elsewhere")
+    with pytest.raises(ValueError, match=r"names the map '../elsewhere' outside of it"):
+        Edit.load(tmp_path / "edit", kinds={"Scaled": Scaled})
+
+
+def test_a_truncated_map_of_an_edit_is_an_error(mixed, tmp_path):
+    mixed.save(tmp_path)
+    path = tmp_path / "maps" / "1" / "tensors.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="truncated or changed"):
+        Edit.load(tmp_path, kinds={"Scaled": Scaled})
+
+
+def rewrite(directory, site, field, value):
+    path = directory / "artifact.json"
+    manifest = json.loads(path.read_text())
+    manifest["config"]["saved"][site][field] = value
+    path.write_text(json.dumps(manifest))
