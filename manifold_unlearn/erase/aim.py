@@ -28,9 +28,11 @@ class Aim(NamedTuple):
     choice: Tensor | None
 
     @property
-    def pairs(self) -> bool:
-        """Whether every landmark has one row of its own."""
-        return self.choice is not None and self.choice.shape[1] == 1
+    def pairs(self) -> Tensor | None:
+        """Rows (n_landmarks, n_features) where every landmark has one of its own, else None."""
+        if self.choice is None or self.choice.shape[1] != 1:
+            return None
+        return self.rows[self.choice[:, 0]]
 
 
 def label_free(rows: Tensor, forget: Tensor) -> Tensor:
@@ -63,7 +65,7 @@ def semantic_choice(landmarks: Tensor, retain: Tensor, n_neighbors: int) -> Tens
         Forget rows.
     retain : Tensor of shape (n_retain, n_features)
     n_neighbors : int
-        At most so many; one is one too few for a barycentre, and two are taken where there are.
+        So many of them, but at least two, for one has no barycenter.
     """
     forget = torch.arange(len(landmarks) + len(retain), device=retain.device) < len(landmarks)
     plain = label_free(torch.cat([landmarks, retain]), forget)

@@ -198,8 +198,8 @@ class ComposedEraser:
         return restore(self.map_.openings(self._evidence(rows, sequence)), X)
 
     def _evidence(self, rows: Tensor, sequence: Any) -> Tensor:
-        gathered = [e.gathered_evidence(rows, sequence) for e in self.concepts.values()]
-        return torch.stack(gathered, dim=-1)
+        gates = [eraser.gate_ for eraser in self.concepts.values()]
+        return torch.stack([g.gathered_evidence(rows, sequence) for g in gates if g], dim=-1)
 
     def __call__(self, h: Tensor) -> Tensor:
         """Erase hidden states ``(..., n_features)``; what :func:`intervene` calls."""

@@ -28,10 +28,13 @@ class GatedMap:
 
     gate: FrozenGate
     move: LandmarkMap
-    evidence: Evidence
-    """``"token"``: each row opens the gate by itself; ``"sequence"``: all rows up to it do."""
     preserve_norm: bool
     """Whether an edited row keeps its length."""
+
+    @property
+    def evidence(self) -> Evidence:
+        """``"token"``: each row opens the gate by itself; ``"sequence"``: all rows up to it do."""
+        return "sequence" if self.gate.sequential else "token"
 
     def __call__(self, h: Tensor) -> Tensor:
         """Edited rows ``(..., d)``, in the dtype and on the device of ``h``.
@@ -74,18 +77,11 @@ class GatedMap:
 
     def gathered(self, h: Tensor, start: Tensor, present: Tensor) -> Tensor:
         """Evidence ``(batch, length)`` after every row; arguments as :meth:`step`."""
-        ratios = self.log_ratio(h)
-        if self.evidence == "token":
-            return ratios
-        return self.gate.accumulate(ratios, start, present)
+        return self.gate.accumulate(self.log_ratio(h), start, present)
 
     def opening(self, evidence: Tensor) -> Tensor:
-        """Posterior of forget where ``evidence`` reaches the gate's threshold, exactly 0 elsewhere.
-
-        The posterior is at least a half there, also where the threshold lies below even odds.
-        """
-        reached = evidence >= self.gate.threshold
-        return torch.where(reached, evidence.sigmoid().clamp_min(0.5), 0.0)
+        """How far the gate is open, in [0, 1]: exactly 0 below the threshold."""
+        return self.gate.opening(evidence)
 
     def edit(self, h: Tensor, opening: Tensor) -> Tensor:
         """Rows ``(..., d)`` moved by the part ``opening`` ``(...)`` of their way."""
@@ -110,7 +106,7 @@ class GatedMap:
     def to(self, device: torch.device | str, dtype: torch.dtype) -> GatedMap:
         """Return the same map where and as precise as rows of ``dtype`` need it."""
         placed = self.gate.to(device, dtype), self.move.to(device, dtype)
-        return GatedMap(*placed, self.evidence, self.preserve_norm)
+        return GatedMap(*placed, self.preserve_norm)
 
 
 @dataclass(frozen=True, eq=False)

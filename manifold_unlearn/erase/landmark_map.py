@@ -71,8 +71,9 @@ class LandmarkMap:
         """Return the same map where and as precise as rows of ``dtype`` need it."""
         kind = working_dtype(dtype)
         parts = (self.center, self.landmarks, self.squared_norms, self.targets)
+        center, landmarks, squared_norms, targets = (part.to(device, kind) for part in parts)
         bases = None if self.bases is None else self.bases.to(device, kind)
-        return LandmarkMap(*(part.to(device, kind) for part in parts), bases, self.n_neighbors)
+        return LandmarkMap(center, landmarks, squared_norms, targets, bases, self.n_neighbors)
 
 
 def landmark_map(

@@ -294,7 +294,7 @@ class ManifoldEraser(TransformerMixin, BaseEstimator):
 
     def _keep(self, gate: ForgetGate, move: LandmarkMap, like: Any) -> None:
         self.gate_ = gate
-        self.map_: Any = GatedMap(gate.frozen_, move, self.evidence, self.preserve_norm)
+        self.map_: Any = GatedMap(gate.frozen_, move, self.preserve_norm)
         self.landmarks_ = restore(move.center + move.landmarks, like)
         self.targets_ = restore(move.center + move.targets, like)
 
@@ -302,7 +302,8 @@ class ManifoldEraser(TransformerMixin, BaseEstimator):
         assert self.fallback_ is not None
         self.mode_, self.gate_, self.map_ = "auto", None, UngatedMap(self.fallback_.map_)
         for name in ("landmarks_", "targets_"):
-            vars(self).pop(name, None)
+            if hasattr(self, name):
+                delattr(self, name)
 
     def transform(self, X: Any, sequence: Any = None) -> Any:
         """Erased rows, in the kind, dtype and device of ``X`` (n_samples, n_features).

@@ -58,8 +58,7 @@ def tangent_targets(
         Rows of a chart.
     """
     rows = aim.rows
-    if aim.pairs:
-        points = rows[aim.choice[:, 0]]
+    if (points := aim.pairs) is not None:
         near = _nearest(points, rows, n_neighbors)
         charts = flat_charts(points, rows, near, _dimension(rows, dimension))
         return Targets(points, charts.bases)
@@ -86,7 +85,8 @@ def tangent_targets(
         lost = ~fitted.settled
         near = _nearest(landmarks[lost], distinct, max(n_neighbors, k + 1))
         flat = flat_charts(landmarks[lost], distinct, near, k)
-        points[lost], bases[lost] = flat.points, flat.bases.to(bases)
+        points[lost] = flat.points
+        bases[lost] = torch.as_tensor(flat.bases)
     return Targets(points, bases)
 
 
@@ -133,8 +133,8 @@ def transport_targets(landmarks: Tensor, aim: Aim) -> Targets:
     aim : Aim
     """
     rows = aim.rows
-    if aim.pairs:
-        return Targets(rows[aim.choice[:, 0]], None)
+    if (points := aim.pairs) is not None:
+        return Targets(points, None)
     cost = torch.cdist(landmarks.double(), rows.double()).square()
     if aim.choice is not None:
         strangers = torch.ones_like(cost, dtype=torch.bool).scatter(1, aim.choice, False)
