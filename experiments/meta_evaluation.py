@@ -5,7 +5,8 @@ the knowledge of the forget people (told and trained on; or never told and then 
 of which do not (trained on retain people, on people of no one's world, on wrong answers).
 Robustness: unlearned models, before and after relearning one half of the forgotten facts (the
 metric reads the other half) beside the never-told model at equal budget, and rounded to few bits.
-All models descend from one start, as in the published pool, since patching needs a shared basis.
+All models descend from one start, as in the published pool; told and never told are trained apart
+from it all the same, so depth is also measured under a control of retain items.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from cli_from_dataclass import parse, write
 
 from manifold_unlearn.activations.corpus import Item
 from manifold_unlearn.attack.quantize import quantized
-from manifold_unlearn.evaluate.depth import cka_erasure, patching_drop, unlearning_depth
+from manifold_unlearn.evaluate.depth import LayerDrop, cka_erasure, patching_drop, unlearning_depth
+from manifold_unlearn.evaluate.depth_control import controlled_depth
 from manifold_unlearn.evaluate.lens import frozen_head_drop
 from manifold_unlearn.evaluate.likelihood import plain
 from manifold_unlearn.evaluate.memorization import token_memorization
@@ -121,15 +123,29 @@ class Judge:
     def __init__(self, bed: Testbed, items: tuple[Item, ...]):
         self.bed, self.items = bed, items
         self.told, self.never = plain(bed.told), plain(bed.never_told)
-        self.patched = patching_drop(self.told, self.never, bed.tokenizer, items)
-        self.read = frozen_head_drop(self.told, self.never, bed.tokenizer, items)
+        self.patched, self.patched_control = self.drops(patching_drop, self.never)
+        self.read, self.read_control = self.drops(frozen_head_drop, self.never)
+
+    def drops(self, measure: Any, subject: Any) -> tuple[LayerDrop, LayerDrop]:
+        """Of the items, and of the retain people's as a control."""
+        first, second = (
+            measure(self.told, subject, self.bed.tokenizer, items)
+            for items in (self.items, self.bed.world.retain)
+        )
+        return first, second
 
     def __call__(self, model: Any) -> dict[str, float]:
         tokenizer, items, subject = self.bed.tokenizer, self.items, plain(model)
         shown = assess(subject, tokenizer, items, generate=False)
         tokens = token_memorization(subject, tokenizer, items)
-        drop = patching_drop(self.told, subject, tokenizer, items)
-        read = frozen_head_drop(self.told, subject, tokenizer, items)
+        drop, drop_control = self.drops(patching_drop, subject)
+        read, read_control = self.drops(frozen_head_drop, subject)
+        controlled = controlled_depth(
+            drop, self.patched, control=drop_control, retrained_control=self.patched_control
+        )
+        controlled_lens = controlled_depth(
+            read, self.read, control=read_control, retrained_control=self.read_control
+        )
         cka = cka_erasure(self.told, subject, self.never, tokenizer, items)
         return {
             "probability": shown["probability"].mean,
@@ -138,6 +154,8 @@ class Judge:
             **{name: metric.mean for name, metric in tokens.items()},
             "one_minus_unlearning_depth": 1 - unlearning_depth(drop, self.patched).score.mean,
             "one_minus_lens_depth": 1 - unlearning_depth(read, self.read).score.mean,
+            "one_minus_controlled_depth": 1 - controlled.score,
+            "one_minus_controlled_lens_depth": 1 - controlled_lens.score,
             "one_minus_cka_erasure": 1 - cka.score,
         }
 

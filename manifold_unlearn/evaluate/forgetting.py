@@ -21,12 +21,11 @@ from manifold_unlearn.evaluate.profiles import EvaluationSets, Profile, profile
 from manifold_unlearn.evaluate.results import Metric, paired_difference
 from manifold_unlearn.evaluate.suites import model_report
 
-CONTROL_ITEMS = 64
+CONTROL_ITEMS = 48
 """Retain items, at most, on which the depth has its control."""
 
 LEAST_CONTROL_ITEMS = 16
-"""Retain items that both models know under which there is no control. Of subsets of 24 of the
-testbed's, one in 20 is far off; of 48, none."""
+"""Fewer retain items that both models know are no control."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -154,7 +154,7 @@ def without_generation(bed, sets, **how):
 
 
 def test_the_depth_is_judged_under_a_control_of_retain_items(tiny_testbed, monkeypatch):
-    """Both models know the retain set; 64 of its items are drawn, once."""
+    """Both models know the retain set; 48 of its items are drawn, once."""
     bed = tiny_testbed
     patched = []
 
@@ -164,7 +164,7 @@ def test_the_depth_is_judged_under_a_control_of_retain_items(tiny_testbed, monke
 
     monkeypatch.setattr(forgetting, "forced_drop", counted)
     pair = without_generation(bed, EvaluationSets(bed.world.forget, bed.world.retain))
-    assert patched == [48, 64]
+    assert patched == [48, 48]
     controls = pair.controls()
     for name, expected in (("target", 0), ("reference", 1)):
         assert controls[name].profiles["model"].figures["depth"]["controlled_depth"] == expected
@@ -174,7 +174,7 @@ def test_the_depth_is_judged_under_a_control_of_retain_items(tiny_testbed, monke
     assert controls["reference"].judgement.verdict == "forgotten"
     assert 0.4 < pair.profiles["reference"].figures["depth"]["misaligned"] < 1
     found = pair.report(plain(shuffled_weights(bed.told)))
-    assert patched == [48, 64, 48, 64]
+    assert patched == [48, 48, 48, 48]
     figures = found.profiles["model"].figures["depth"]
     assert figures["depth"] > 0.9 > 0.4 > figures["controlled_depth"]
 
