@@ -89,13 +89,15 @@ from manifold_unlearn.evaluate.privacy import (
     privacy_leakage,
     relative_difference,
 )
-from manifold_unlearn.evaluate.probes import (
-    ProbeResult,
+from manifold_unlearn.evaluate.probe_tasks import (
     ProbeTask,
     attribute_task,
+    truth_task,
+)
+from manifold_unlearn.evaluate.probes import (
+    ProbeResult,
     probe,
     probe_rows,
-    truth_task,
 )
 from manifold_unlearn.evaluate.profiles import (
     EvaluationSets,
