@@ -25,7 +25,8 @@ from manifold_unlearn.erase.evidence import (
     padded,
     separation,
 )
-from manifold_unlearn.erase.held_out import Rows, Scored, fit_kernel, fit_linear
+from manifold_unlearn.erase.folds import Rows, deal
+from manifold_unlearn.erase.held_out import Scored, fit_kernel, fit_linear
 
 Density = Literal["diffusion", "knn", "linear"]
 Evidence = Literal["sequence", "token"]
@@ -215,22 +216,25 @@ class ForgetGate(BaseEstimator):
         text = _labels(sequence, "sequence", rows)
         subject = text if group is None else _labels(group, "group", rows)
         kind = torch.zeros_like(text) if population is None else _labels(population, "kind", rows)
-        unit = torch.where(forget, text, subject)
-        for side, name in ((forget, "forget texts"), (~forget, "retain groups")):
-            unit[side] = torch.unique(unit[side], return_inverse=True)[1]
-            if int(unit[side].max()) == 0:
+        fold = torch.empty_like(text)
+        n_folds = []
+        for side, unit, name in ((forget, text, "forget text"), (~forget, subject, "retain group")):
+            fold[side] = deal(unit[side], self.random_state)
+            n_folds.append(int(fold[side].max()) + 1)
+            if n_folds[-1] == 1:
                 raise ValueError(
-                    f"1 of the {name} is too few: rows are scored without their own. Give two at "
-                    "least, or another sequence or group."
+                    f"there is one {name} only, and rows are scored without their own. Give at "
+                    "least two, or another sequence or group."
                 )
-        data = Rows(rows, forget, unit, _balanced(forget, kind))
+        line = torch.where(forget, fold, fold + n_folds[0])
+        data = Rows(rows, line, n_folds[0], sum(n_folds), _balanced(forget, kind))
         scored = self._fit_density(data)
         self._calibrate(scored, data, text, kind)
         return self
 
     def _fit_density(self, data: Rows) -> Scored:
         if self.density == "linear":
-            return fit_linear(data, self.random_state)
+            return fit_linear(data)
         n_distinct = min(self.n_landmarks, len(torch.unique(data.values, dim=0)))
         if self.n_neighbors > n_distinct - 1:
             warnings.warn(

@@ -1,14 +1,14 @@
-"""Density ratios, fitted so that every row has a score that its own unit had no part in."""
+"""Density ratios, fitted so that every row has a score that its own fold had no part in."""
 
 from __future__ import annotations
 
 import math
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from manifold_unlearn.arrays import generator, row_blocks
 from manifold_unlearn.erase.densities import (
     KernelRatio,
     LinearRatio,
@@ -16,39 +16,18 @@ from manifold_unlearn.erase.densities import (
     inverse,
     ratio_of,
 )
-from manifold_unlearn.erase.moments import Moments, oas_shrinkage, shrink
-from manifold_unlearn.manifold.distances import (
-    center_of,
-    squared_distance_block,
-    squared_norms,
+from manifold_unlearn.erase.folds import Rows
+from manifold_unlearn.erase.landmark_labels import (
+    choose,
+    diffused,
+    distance_blocks,
+    typical_distance,
 )
-from manifold_unlearn.manifold.landmarks import choose_landmarks
+from manifold_unlearn.erase.moments import Moments, oas_shrinkage, shrink
+from manifold_unlearn.manifold.distances import center_of, squared_norms
 
-_BLOCK = 2**22  # entries of one block of distances
 _WIDTHS = tuple(2.0**-k for k in range(7))  # of the typical squared distance to a neighbor
-_BACKGROUNDS = (1.0, 0.1, 0.01)
-_N_FOLDS = 10
-SHARED = -1
-"""Unit of a landmark that rows of several units are equal to: left out with none of them."""
-
-
-class Rows(NamedTuple):
-    """Rows to fit on.
-
-    Attributes
-    ----------
-    values : Tensor of shape (n_rows, d)
-    forget : Tensor of shape (n_rows,), bool
-    unit : Tensor of shape (n_rows,), int64
-        Rows of one class and unit are left out together; numbered from 0, each class apart.
-    weight : Tensor of shape (n_rows,)
-        Of a row's held-out score in the choice of the bandwidth; of each class they sum to 1.
-    """
-
-    values: Tensor
-    forget: Tensor
-    unit: Tensor
-    weight: Tensor
+_BACKGROUNDS = (0.1, 0.01, 0.001)
 
 
 class Scored(NamedTuple):
@@ -58,92 +37,23 @@ class Scored(NamedTuple):
     held_out: Tensor
 
 
-class Landmarks(NamedTuple):
-    """Distinct rows of both classes.
-
-    Attributes
-    ----------
-    values : Tensor of shape (n_landmarks, d)
-    forget : Tensor of shape (n_landmarks,), bool
-    unit : Tensor of shape (n_landmarks,), int64
-        Of the rows that they are; ``SHARED`` where these are of several units.
-    scale : Tensor of shape (n_landmarks,)
-        What a landmark counts, so that both classes count as much as the smaller has landmarks.
-    """
-
-    values: Tensor
-    forget: Tensor
-    unit: Tensor
-    scale: Tensor
-
-
-def fit_linear(rows: Rows, random_state: Any = None) -> Scored:
-    """Linear discriminant with equal class masses and a shrunk covariance.
-
-    Held-out scores are those of ten fits, each without the units of one tenth.
-    """
-    draw = generator(0 if random_state is None else random_state)
-    fold = torch.empty_like(rows.unit)
-    moments = {}
-    for forget in (True, False):
-        side = rows.forget == forget
-        n_units = int(rows.unit[side].max()) + 1
-        n_folds = min(_N_FOLDS, n_units)
-        dealt = (torch.randperm(n_units, generator=draw) % n_folds).to(fold)
-        fold[side] = dealt[rows.unit[side]]
-        parts = [Moments.of(rows.values[side & (fold == k)]) for k in range(n_folds)]
-        moments[forget] = parts
+def fit_linear(rows: Rows) -> Scored:
+    """Linear discriminant with equal class masses and a shrunk covariance."""
+    lines = [Moments.of(rows.values[rows.line == k]) for k in range(rows.n_lines)]
+    forget, retain = lines[: rows.n_forget_lines], lines[rows.n_forget_lines :]
     held_out = rows.values.new_empty(len(rows.values))
-    for k in range(int(fold.max()) + 1):
-        asked = fold == k
-        held_out[asked] = _discriminant(moments, k).to(asked.device, held_out.dtype)(
-            rows.values[asked]
-        )
-    return Scored(_discriminant(moments, None), held_out)
+    for k in range(rows.n_lines):
+        asked = rows.line == k
+        sides = [[part for part in side if part is not lines[k]] for side in (forget, retain)]
+        held_out[asked] = _discriminant(*sides)(rows.values[asked])
+    return Scored(_discriminant(forget, retain), held_out)
 
 
-def _discriminant(moments: dict[bool, list[Moments]], without: int | None) -> LinearRatio:
-    merged = {}
-    for forget, parts in moments.items():
-        kept = [part for k, part in enumerate(parts) if k != without]
-        merged[forget] = kept[0]
-        for part in kept[1:]:
-            merged[forget] = merged[forget].merge(part)
-    covariance = (merged[True].covariance + merged[False].covariance) / 2
-    spread = shrink(covariance, oas_shrinkage(covariance, sum(m.count for m in merged.values())))
-    direction = torch.linalg.solve(spread, merged[True].mean - merged[False].mean)
-    return LinearRatio((merged[True].mean + merged[False].mean) / 2, direction)
-
-
-def choose(rows: Rows, n_landmarks: int, random_state: Any = None) -> Landmarks:
-    """Draw distinct rows of both classes, half each unless one has fewer.
-
-    At random rather than farthest points, which would be outliers of both classes and leave the
-    rows in between without.
-    """
-    seed = generator(0 if random_state is None else random_state).initial_seed()
-    sides = [_distinct(rows, forget) for forget in (True, False)]
-    n_forget, n_retain = (len(values) for values, _ in sides)
-    n_forget = min(n_forget, max(n_landmarks // 2, n_landmarks - n_retain))
-    wanted = (n_forget, min(n_retain, n_landmarks - n_forget))
-    parts = []
-    for forget, n, (values, unit) in zip((True, False), wanted, sides, strict=True):
-        at = choose_landmarks(values, n, seed)
-        classes = torch.full_like(at, forget, dtype=torch.bool)
-        scale = values.new_full((n,), min(wanted) / n)
-        parts.append(Landmarks(values[at], classes, unit[at], scale))
-    return Landmarks(*(torch.cat(both) for both in zip(*parts, strict=True)))
-
-
-def _distinct(rows: Rows, forget: bool) -> tuple[Tensor, Tensor]:
-    """Distinct rows of a class, and the unit of each or ``SHARED``."""
-    side = rows.forget == forget
-    unit = rows.unit[side]
-    values, copy_of = torch.unique(rows.values[side], dim=0, return_inverse=True)
-    blank = unit.new_zeros(len(values))
-    least = blank.scatter_reduce(0, copy_of, unit, "amin", include_self=False)
-    most = blank.scatter_reduce(0, copy_of, unit, "amax", include_self=False)
-    return values, torch.where(least == most, least, SHARED)
+def _discriminant(forget: list[Moments], retain: list[Moments]) -> LinearRatio:
+    f, r = reduce(Moments.merge, forget), reduce(Moments.merge, retain)
+    covariance = (f.covariance + r.covariance) / 2
+    spread = shrink(covariance, oas_shrinkage(covariance, f.count + r.count))
+    return LinearRatio((f.mean + r.mean) / 2, torch.linalg.solve(spread, f.mean - r.mean))
 
 
 def fit_kernel(
@@ -184,19 +94,15 @@ def fit_kernel(
     rows = rows._replace(values=rows.values - center)
     marks = choose(rows, n_landmarks, random_state)
     n_neighbors = min(n_neighbors, len(marks.values) - 1)
-    between = _squared_distances(marks.values.double(), marks.values.double())
-    typical = _typical(between, n_neighbors)
-    steps = 0 if nearest else diffusion_time
-    graphs = [_diffused(gaussian(between, typical * w), marks, steps) for w in _WIDTHS]
-    scores = rows.values.new_empty(len(_WIDTHS), len(_BACKGROUNDS), len(rows.values))
-    for part in row_blocks(len(rows.values), max(1, _BLOCK // len(marks.values))):
-        apart = _squared_distances(rows.values[part], marks.values)
-        key = _keys(rows.unit[part], rows.forget[part])
-        apart.masked_fill_(key[:, None] == _keys(marks.unit, marks.forget), math.inf)
-        near, at = apart.topk(n_neighbors, dim=1, largest=False) if nearest else (apart, None)
-        for k, (width, graph) in enumerate(zip(_WIDTHS, graphs, strict=True)):
-            kernel = inverse if nearest else gaussian
-            masses = graph.masses(kernel(near, typical * width), key, at)
+    typical = typical_distance(marks, n_neighbors)
+    widths = [typical * width for width in _WIDTHS]
+    labels = diffused(rows, marks, widths, 0 if nearest else diffusion_time)
+    scores = rows.values.new_empty(len(widths), len(_BACKGROUNDS), len(rows.values))
+    for part, apart in distance_blocks(rows.values, marks.values):
+        line = rows.line[part]
+        apart.masked_fill_(line[:, None] == marks.line, math.inf)
+        for k, width in enumerate(widths):
+            masses = _masses(apart, labels[k], line, width, n_neighbors if nearest else 0)
             for b, background in enumerate(_BACKGROUNDS):
                 scores[k, b, part] = ratio_of(masses, background)
     wrong = torch.where(rows.forget, -scores, scores)
@@ -206,89 +112,21 @@ def fit_kernel(
         center[0],
         marks.values,
         squared_norms(marks.values),
-        graphs[k].weights,
-        typical * _WIDTHS[k],
+        labels[k][-1].contiguous(),
+        widths[k],
         _BACKGROUNDS[b],
         n_neighbors if nearest else 0,
     )
     return Scored(ratio, scores[k, b])
 
 
-class _Diffused(NamedTuple):
-    """Labels of the landmarks after diffusion, as they are without each unit.
-
-    Attributes
-    ----------
-    scale : Tensor of shape (n_landmarks,)
-    labels : Tensor of shape (n_units + 1, n_landmarks)
-        Between 0 and 1, forget; the last line is that without leaving out.
-    keys : Tensor of shape (n_units,), int64
-        Of the units left out, ascending.
-    """
-
-    scale: Tensor
-    labels: Tensor
-    keys: Tensor
-
-    @property
-    def weights(self) -> Tensor:
-        """What each landmark counts for forget and for retain, ``(n_landmarks, 2)``."""
-        return self.scale[:, None] * torch.stack([self.labels[-1], 1 - self.labels[-1]], dim=1)
-
-    def masses(self, kernel: Tensor, key: Tensor, at: Tensor | None) -> Tensor:
-        """Kernel sums of both classes ``(n_rows, 2)`` for rows of units ``key`` (n_rows,).
-
-        ``kernel`` is of all landmarks, or for each row of those numbered ``at``.
-        """
-        if len(self.labels) == 1:
-            if at is None:
-                return kernel @ self.weights
-            return (kernel[..., None] * self.weights[at]).sum(1)
-        line = torch.searchsorted(self.keys, key).clamp_max(len(self.keys) - 1)
-        line = torch.where(self.keys[line] == key, line, len(self.keys))
-        scaled = kernel * self.scale
-        forget = (scaled * self.labels[line]).sum(1)
-        return torch.stack([forget, (scaled.sum(1) - forget).clamp_min(0)], dim=1)
-
-
-def _diffused(kernel: Tensor, marks: Landmarks, steps: int) -> _Diffused:
-    """``steps`` of the Markov matrix of ``kernel`` on the landmarks, applied to their classes."""
-    like = marks.values
-    keys, unit = torch.unique(_keys(marks.unit, marks.forget), return_inverse=True)
-    labels = marks.forget.to(kernel)[:, None]
-    if steps == 0:
-        return _Diffused(marks.scale, labels.T.to(like), keys[:0])
-    kernel = kernel * marks.scale.to(kernel)
-    kept = torch.ones(len(labels), len(keys) + 1, dtype=kernel.dtype, device=kernel.device)
-    kept[torch.arange(len(labels), device=kernel.device), unit] = 0
-    kept[:, :-1][:, keys < 0] = 1  # shared: left out with none
-    degrees = (kernel @ kept).clamp_min(torch.finfo(kernel.dtype).tiny)
-    labels = labels.expand(-1, len(keys) + 1)
-    for _ in range(steps):
-        labels = (kernel @ (labels * kept) / degrees).clamp(0, 1)
-    return _Diffused(marks.scale, labels.T.to(like).contiguous(), keys)
-
-
-def _keys(unit: Tensor, forget: Tensor) -> Tensor:
-    """One number for a class and a unit; negative where the unit is ``SHARED``."""
-    return torch.where(unit == SHARED, SHARED, 2 * unit + forget)
-
-
-def _squared_distances(X: Tensor, Y: Tensor) -> Tensor:
-    block = squared_distance_block(X, Y, squared_norms(X), squared_norms(Y))
-    return block.clamp_min_(0)
-
-
-def _typical(between: Tensor, n_neighbors: int) -> float:
-    """Median squared distance of landmarks to their neighbor of that rank."""
-    ranked = between.kthvalue(n_neighbors + 1, dim=1).values
-    typical = float(ranked.median())
-    if typical <= 0:
-        positive = between[between > 0]
-        if not len(positive):
-            raise ValueError(
-                f"all {len(between)} distinct rows of the two classes coincide: nothing tells "
-                "forget from retain. Give rows that differ."
-            )
-        typical = float(positive.median())
-    return typical
+def _masses(apart: Tensor, labels: Tensor, line: Tensor, width: float, n_nearest: int) -> Tensor:
+    """Kernel sums of both classes ``(n_rows, 2)``; each row with the labels without its line."""
+    if n_nearest:
+        near, at = apart.topk(n_nearest, dim=1, largest=False)
+        return (inverse(near, width)[..., None] * labels[-1][at]).sum(1)
+    kernel = gaussian(apart, width)
+    if len(labels) == 1:
+        return kernel @ labels[-1]
+    forget = (kernel * labels[..., 0][line]).sum(1)
+    return torch.stack([forget, (kernel.sum(1) - forget).clamp_min(0)], dim=1)
