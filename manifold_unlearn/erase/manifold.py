@@ -293,14 +293,18 @@ class ManifoldEraser(TransformerMixin, BaseEstimator):
             )
 
     def _keep(self, gate: ForgetGate, move: LandmarkMap, like: Any) -> None:
-        self.gate_ = gate
+        self.gate_: ForgetGate | None = gate
         self.map_: Any = GatedMap(gate.frozen_, move, self.preserve_norm)
         self.landmarks_ = restore(move.center + move.landmarks, like)
         self.targets_ = restore(move.center + move.targets, like)
 
-    def _keep_fallback(self) -> None:
+    @property
+    def _linear(self) -> SubspaceEraser:
         assert self.fallback_ is not None
-        self.mode_, self.gate_, self.map_ = "auto", None, UngatedMap(self.fallback_.map_)
+        return self.fallback_
+
+    def _keep_fallback(self) -> None:
+        self.mode_, self.gate_, self.map_ = "auto", None, UngatedMap(self._linear.map_)
         for name in ("landmarks_", "targets_"):
             if hasattr(self, name):
                 delattr(self, name)
@@ -367,8 +371,8 @@ class ManifoldEraser(TransformerMixin, BaseEstimator):
             "mode": self.mode_,
             "n_features": self.n_features_in_,
         }
-        if self.fallback_ is not None:
-            save_nested(directory, "ManifoldEraser", {}, config, {"fallback": self.fallback_})
+        if self.gate_ is None:
+            save_nested(directory, "ManifoldEraser", {}, config, {"fallback": self._linear})
             return
         move = self.map_.move
         tensors = {name: getattr(move, name) for name in _TENSORS}

@@ -36,11 +36,7 @@ def save_nested(
         ``directory`` exists and is something else than an artifact.
     """
     directory = Path(directory)
-    taken = directory.exists() and not (directory / "artifact.json").is_file()
-    if taken and any(directory.iterdir()):
-        raise FileExistsError(
-            f"{directory} exists and is not an artifact; choose another directory or remove it."
-        )
+    artifact.refuse_foreign(directory)
     with artifact.replacing(directory) as staged:
         artifact.save(staged, kind, tensors, config)
         for name, part in parts.items():

@@ -71,12 +71,12 @@ def _coordinates(joint: Tensor, m: int) -> tuple[Tensor, Tensor]:
     Where the graph falls apart the kernel is made as wide as the gap between the classes.
     """
     n = len(joint)
-    sizes = {"n_components": min(_COMPONENTS, n - 2), "n_neighbors": min(64, n - 1)}
+    k, wide = min(_COMPONENTS, n - 2), min(64, n - 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # parts and clamped neighbors are legal here
-        fitted = DiffusionMap(**sizes).fit(joint)
+        fitted = DiffusionMap(k, n_neighbors=wide).fit(joint)
         if fitted.n_components_connected_ > 1:
             gap = nearest_neighbors(joint[:m], 1, joint[m:]).squared_distances.median()
             bandwidth = max(fitted.bandwidth_, float(gap) / (4 * _ACROSS))
-            fitted = DiffusionMap(**sizes, bandwidth=bandwidth).fit(joint)
+            fitted = DiffusionMap(k, n_neighbors=wide, bandwidth=bandwidth).fit(joint)
     return fitted.embedding_.double(), fitted.eigenvalues_.double()
