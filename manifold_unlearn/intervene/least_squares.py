@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from manifold_unlearn.activations.models import evaluating
 from manifold_unlearn.activations.sites import find_decoder
 from manifold_unlearn.arrays import require_finite
-from manifold_unlearn.intervene.block_stream import BlockStream
+from manifold_unlearn.intervene.block_stream import TOKEN_BUDGET, BlockStream
 from manifold_unlearn.intervene.hooks import is_intervened
 from manifold_unlearn.intervene.layer_edit import LayerEdit, Solver, Writer, advance
 from manifold_unlearn.intervene.linear import linear_at
@@ -51,8 +51,9 @@ def least_squares_bake(
     n_passes: int = 1,
     damping: float = 1e-4,
     weights: Tensor | None = None,
-    retain_keys: Literal["original", "edited"] = "original",
+    repair: bool = False,
     share_weights: bool = False,
+    token_budget: int = TOKEN_BUDGET,
 ) -> BakeResult:
     """Model whose residual stream comes to the targets by its own weights.
 
@@ -84,19 +85,22 @@ def least_squares_bake(
         the ridge: see :func:`~manifold_unlearn.intervene.ridge.ridge_change`.
     writers : sequence of {"mlp", "attn"}, default=("mlp",)
         Matrices to edit. With both, one system for the keys of both gives attention its part; the
-        MLP then gets what is missing on the keys that it has after that.
+        MLP then gets what is missing on the keys that it has after that. A change of attention is
+        halved until the states come closer, and dropped where they do not.
     n_passes : int, default=1
         Solve this often per layer, each time for what is left.
     damping : float, default=1e-4
         ``mu`` as a share of the mean diagonal entry of the rest of the bracket.
     weights : Tensor of shape (where.sum(),), optional
         How much each target row counts, in the order of the states. Default: all the same.
-    retain_keys : {"original", "edited"}, default="original"
-        Take ``K_r`` from the model as it was (one pass of ``retain``), or from the model edited so
-        far, which takes two and hardly differs.
+    repair : bool, default=False
+        Take ``K_r`` from the model edited so far, and have each layer also undo what the edits
+        before it did to the states of ``retain``; takes three passes of ``retain`` instead of one.
     share_weights : bool, default=False
         The copy holds the parameters of ``model`` itself but for those that are edited: no memory
         for a second model, but training either then changes both.
+    token_budget : int
+        Tokens that pass a block together, padding included.
 
     Returns
     -------
@@ -114,8 +118,8 @@ def least_squares_bake(
     Notes
     -----
     Where a norm stands between the writers and the stream (Gemma 2 and 3), the missing change is
-    led back through it without its radial part, and the block is run again to see what came of it;
-    ``n_passes=3`` then comes closer.
+    led back through it without its radial part, the block is run again to see what came of it, and
+    steps are halved as above; ``n_passes=3`` then comes closer.
 
     References
     ----------
@@ -130,15 +134,19 @@ def least_squares_bake(
     edited = _copy(model, [f"layers.{i}.{part}" for i in chosen for part in parts], share_weights)
     run = LayerEdit(edited, targets, weights, parts, Solver(ridge, null_space, damping, n_passes))
     with torch.no_grad(), evaluating(model), evaluating(edited):
-        before = BlockStream(edited, targets)
-        moving = BlockStream(edited, targets)
-        held = BlockStream(edited, retain)
+        before = BlockStream(edited, targets, token_budget=token_budget)
+        moving = BlockStream(edited, targets, token_budget=token_budget)
+        held = BlockStream(edited, retain, token_budget=token_budget)
+        aim = BlockStream(edited, retain, token_budget=token_budget) if repair else None
         original = find_decoder(model).blocks
         n_run = 0.0
         kept, retain_moved = {}, {}
         layer_range = range(chosen[-1] + 1)
         for layer in tqdm(layer_range, desc="bake", unit="layer", disable=None, leave=False):
             advance(before, original[layer], layer)
+            if aim is not None:
+                advance(aim, original[layer], layer)
+                n_run += aim.n_tokens
             if layer not in chosen:
                 n_run += run.pass_by(moving, layer) + run.pass_by(held, layer)
                 continue
@@ -146,7 +154,7 @@ def least_squares_bake(
             if missing == 0:
                 n_run += run.pass_by(moving, layer) + run.pass_by(held, layer)
                 continue
-            n_run += run.edit(layer, moving, held, retain_keys == "edited")
+            n_run += run.edit(layer, moving, held, aim)
             kept[layer] = 1 - run.distance(moving, layer) / missing
             retain_moved[layer] = run.retain_moved
     if not kept:

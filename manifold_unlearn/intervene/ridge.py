@@ -11,6 +11,7 @@ def ridge_change(
     cross: Tensor,
     retain_gram: Tensor,
     *,
+    retain_cross: Tensor | None = None,
     ridge: float = 3.0,
     null_space: float | None = None,
     damping: float = 1e-4,
@@ -30,6 +31,9 @@ def ridge_change(
         ``C``: mean product of forget keys and the wanted changes of the answers.
     retain_gram : float64 Tensor of shape (k, k)
         ``H``: mean outer product of the retain keys.
+    retain_cross : float64 Tensor of shape (k, d), optional
+        Mean product of retain keys and wanted changes of their answers. Default: zero, no answer to
+        a retain key shall change.
     ridge : float
         Weight of what happens to retain keys, against what forget keys shall reach.
     null_space : float, optional
@@ -63,6 +67,7 @@ def ridge_change(
     if basis is not None:
         forget_gram, retain_gram = (basis.T @ g @ basis for g in (forget_gram, retain_gram))
         cross = basis.T @ cross
+        retain_cross = None if retain_cross is None else basis.T @ retain_cross
     system = forget_gram + ridge * retain_gram
     level = system.diagonal().mean()
     if not float(level) > 0:
@@ -74,8 +79,9 @@ def ridge_change(
         len(system), dtype=system.dtype, device=system.device
     )
     factor = torch.linalg.cholesky(system)
-    change = torch.zeros_like(cross)
-    for _ in range(n_passes):
+    wanted = cross if retain_cross is None else cross + ridge * retain_cross
+    change = torch.cholesky_solve(wanted, factor)
+    for _ in range(n_passes - 1):
         change = change + torch.cholesky_solve(cross - forget_gram @ change, factor)
     return change if basis is None else basis @ change
 
