@@ -22,15 +22,12 @@ class Rows(NamedTuple):
     line : Tensor of shape (n_rows,), int64
         Rows of one line are left out together; the forget lines come first.
     n_forget_lines, n_lines : int
-    weight : Tensor of shape (n_rows,)
-        Of a row's held-out score in the choice of the bandwidth; of each class they sum to 1.
     """
 
     values: Tensor
     line: Tensor
     n_forget_lines: int
     n_lines: int
-    weight: Tensor
 
     @property
     def forget(self) -> Tensor:

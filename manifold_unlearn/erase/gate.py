@@ -6,7 +6,7 @@ import warnings
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from manifold_unlearn import artifact
 from manifold_unlearn.arrays import forget_mask, restore, validate, working_dtype
 from manifold_unlearn.erase.densities import KernelRatio, LinearRatio, tensors_of
 from manifold_unlearn.erase.evidence import (
+    Padded,
     Threshold,
     conformal_threshold,
     cumulated,
@@ -82,15 +83,16 @@ class ForgetGate(BaseEstimator):
     The log ratio does not know how many rows there are of each class (equal masses).
 
     ``"diffusion"``
-        Gaussian kernel sums over landmarks of both classes, whose labels have taken
-        ``diffusion_time`` steps of the Markov matrix on their joint graph.
+        Gaussian kernel sums over landmarks of both classes (the Nyström extension), whose labels
+        have taken ``diffusion_time`` steps of the Markov matrix on the joint graph: the first to
+        all rows, so that a landmark knows how common it is in each class.
     ``"knn"``
         Sums of inverse squared distances to the nearest landmarks.
     ``"linear"``
         Linear discriminant: normal densities of one covariance.
 
     The sums stand above a background, so that far from all landmarks there is no evidence.
-    Bandwidth and background are those of least held-out log loss.
+    Bandwidth and background are those that tell held-out texts apart best.
 
     Parameters
     ----------
@@ -105,7 +107,8 @@ class ForgetGate(BaseEstimator):
         The bandwidth is a fraction of the typical squared distance to this neighbor; for
         ``"knn"``, how many landmarks vote.
     diffusion_time : int, default=1
-        0: plain kernel densities. More smooths over the graph, and blurs what only few rows tell.
+        0: kernel densities of the landmarks alone, which mistake rows that no landmark of their
+        class is near. More than 1 smooths on over the graph, and blurs what only few rows tell.
     false_positive_rate : float, default=0.01
     min_auc : float, default=0.6
         Held-out area under the ROC, text against text, below which the fit is refused.
@@ -227,44 +230,27 @@ class ForgetGate(BaseEstimator):
                     "least two, or another sequence or group."
                 )
         line = torch.where(forget, fold, fold + n_folds[0])
-        data = Rows(rows, line, n_folds[0], sum(n_folds), _balanced(forget, kind))
-        scored = self._fit_density(data)
-        self._calibrate(scored, data, text, kind)
+        data = Rows(rows, line, n_folds[0], sum(n_folds))
+        texts = _Texts.of(data.forget, text, kind, sequential=self.evidence == "sequence")
+        self._calibrate(self._fit_density(data, texts), texts)
         return self
 
-    def _fit_density(self, data: Rows) -> Scored:
+    def _fit_density(self, data: Rows, texts: _Texts) -> Scored:
         if self.density == "linear":
             return fit_linear(data)
-        n_distinct = min(self.n_landmarks, len(torch.unique(data.values, dim=0)))
-        if self.n_neighbors > n_distinct - 1:
-            warnings.warn(
-                f"n_neighbors={self.n_neighbors} is above the other landmarks, {n_distinct - 1}, "
-                "and is clamped to them.",
-                UserWarning,
-                stacklevel=3,
-            )
         return fit_kernel(
             data,
             n_landmarks=self.n_landmarks,
             n_neighbors=self.n_neighbors,
             diffusion_time=self.diffusion_time,
             nearest=self.density == "knn",
+            quality=texts.quality,
             random_state=self.random_state,
         )
 
-    def _calibrate(self, scored: Scored, data: Rows, text: Tensor, kind: Tensor) -> None:
+    def _calibrate(self, scored: Scored, texts: _Texts) -> None:
         """Set the threshold and what is known of it."""
-        layout = padded(text)
-        maxima = largest(scored.held_out, layout, sequential=self.evidence == "sequence")
-        to_forget = layout.fill(data.forget, False).any(1)
-        of_kind = layout.fill(kind, 0)[:, 0][~to_forget]
-        retained = [maxima[~to_forget][of_kind == k] for k in torch.unique(of_kind)]
-        found = maxima[to_forget]
-        if not retained:
-            raise ValueError(
-                "every text has a forget row, so none is left to calibrate on. Give retain texts, "
-                "or another sequence."
-            )
+        found, retained = texts.most_evidence(scored.held_out)
         auc = min(separation(found, part) for part in retained)
         if auc < self.min_auc:
             raise ValueError(
@@ -400,10 +386,44 @@ def _labels(labels: Any, name: str, rows: Tensor) -> Tensor:
     return labels.to(rows.device, torch.int64)
 
 
-def _balanced(forget: Tensor, kind: Tensor) -> Tensor:
-    """Weights of rows: both classes sum to 1, and so, in parts, do populations within retain."""
-    weight = torch.empty(len(forget), dtype=torch.float64, device=forget.device)
-    weight[forget] = 1 / float(forget.sum())
-    _, at, counts = torch.unique(kind[~forget], return_inverse=True, return_counts=True)
-    weight[~forget] = 1 / (len(counts) * counts[at].double())
-    return weight
+class _Texts(NamedTuple):
+    """Texts whose rows have been scored.
+
+    ``kind`` (n_texts,) is a text's population, -1 for forget texts; ``weight`` (n_rows,) sums to 1
+    over each class and, within retain, to equal parts over the populations.
+    """
+
+    layout: Padded
+    kind: Tensor
+    forget: Tensor
+    weight: Tensor
+    sequential: bool
+
+    @classmethod
+    def of(cls, forget: Tensor, text: Tensor, kind: Tensor, *, sequential: bool) -> _Texts:
+        layout = padded(text)
+        kind = torch.unique(kind, return_inverse=True)[1]
+        to_forget = layout.fill(forget, False).any(1)
+        if bool(to_forget.all()):
+            raise ValueError(
+                "every text has a forget row, so none is left to calibrate on. Give retain texts, "
+                "or another sequence."
+            )
+        of_text = torch.where(to_forget, -1, layout.fill(kind, 0)[:, 0])
+        mass = torch.bincount(kind[~forget], minlength=int(kind.max()) + 1).double()
+        weight = 1 / (mass[kind] * (mass > 0).sum())
+        weight[forget] = 1 / forget.sum().double()
+        return cls(layout, of_text, forget, weight, sequential)
+
+    def most_evidence(self, log_ratios: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Most evidence of every forget text, and of the retain texts of each population."""
+        most = largest(log_ratios, self.layout, sequential=self.sequential)
+        kinds = torch.unique(self.kind[self.kind >= 0])
+        return most[self.kind < 0], [most[self.kind == k] for k in kinds]
+
+    def quality(self, log_ratios: Tensor) -> tuple[float, float]:
+        """How well texts are told apart, to a thousandth; then how well rows are."""
+        found, retained = self.most_evidence(log_ratios)
+        wrong = torch.where(self.forget, -log_ratios, log_ratios)
+        loss = torch.nn.functional.softplus(wrong).double() @ self.weight
+        return round(min(separation(found, part) for part in retained), 3), -float(loss)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
 from functools import reduce
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +21,7 @@ from manifold_unlearn.erase.densities import (
 )
 from manifold_unlearn.erase.folds import Rows
 from manifold_unlearn.erase.landmark_labels import (
+    Landmarks,
     choose,
     diffused,
     distance_blocks,
@@ -27,7 +31,7 @@ from manifold_unlearn.erase.moments import Moments, oas_shrinkage, shrink
 from manifold_unlearn.manifold.distances import center_of, squared_norms
 
 _WIDTHS = tuple(2.0**-k for k in range(7))  # of the typical squared distance to a neighbor
-_BACKGROUNDS = (0.1, 0.01, 0.001)
+_BACKGROUNDS = (1.0, 0.1, 0.01, 0.001)
 
 
 class Scored(NamedTuple):
@@ -63,12 +67,13 @@ def fit_kernel(
     n_neighbors: int,
     diffusion_time: int,
     nearest: bool,
+    quality: Callable[[Tensor], Any],
     random_state: Any = None,
 ) -> Scored:
-    """Kernel ratio over landmarks, its bandwidth and background those of least held-out log loss.
+    """Kernel ratio over landmarks, of the bandwidth and background that score best.
 
-    A row's held-out score has no landmark of its own unit in the kernel sums, nor in the diffusion
-    of the labels.
+    A row's held-out score has no row of its own line in the kernel sums, nor in the diffusion of
+    the labels.
 
     Parameters
     ----------
@@ -79,9 +84,11 @@ def fit_kernel(
         The bandwidths tried are fractions of the typical squared distance to this neighbor. With
         ``nearest``, how many landmarks a row's sums are made of.
     diffusion_time : int
-        Steps of the Markov matrix of the landmarks that the labels take.
+        Steps of the Markov matrix that the labels take; none with ``nearest``.
     nearest : bool
         Inverse squared distances to the nearest landmarks in place of a Gaussian over all.
+    quality : callable
+        Says of held-out scores ``(n_rows,)`` how good they are, by anything that compares.
     random_state : int, RandomState or None
         Draws the landmarks; None draws the same every time.
 
@@ -89,25 +96,27 @@ def fit_kernel(
     ------
     ValueError
         All rows are equal.
+
+    Warns
+    -----
+    UserWarning
+        ``n_neighbors`` is clamped.
     """
     center = center_of(rows.values)
     rows = rows._replace(values=rows.values - center)
     marks = choose(rows, n_landmarks, random_state)
-    n_neighbors = min(n_neighbors, len(marks.values) - 1)
+    if n_neighbors > (others := len(marks.values) - 1):
+        warnings.warn(
+            f"n_neighbors={n_neighbors} is above the other landmarks, {others}, and is clamped.",
+            UserWarning,
+            stacklevel=4,
+        )
+        n_neighbors = others
     typical = typical_distance(marks, n_neighbors)
     widths = [typical * width for width in _WIDTHS]
     labels = diffused(rows, marks, widths, 0 if nearest else diffusion_time)
-    scores = rows.values.new_empty(len(widths), len(_BACKGROUNDS), len(rows.values))
-    for part, apart in distance_blocks(rows.values, marks.values):
-        line = rows.line[part]
-        apart.masked_fill_(line[:, None] == marks.line, math.inf)
-        for k, width in enumerate(widths):
-            masses = _masses(apart, labels[k], line, width, n_neighbors if nearest else 0)
-            for b, background in enumerate(_BACKGROUNDS):
-                scores[k, b, part] = ratio_of(masses, background)
-    wrong = torch.where(rows.forget, -scores, scores)
-    loss = torch.nn.functional.softplus(wrong) @ rows.weight.to(scores)
-    k, b = divmod(int(loss.argmin()), len(_BACKGROUNDS))
+    scores = _held_out_scores(rows, marks, labels, widths, n_neighbors if nearest else 0)
+    k, b = max(np.ndindex(scores.shape[:2]), key=lambda at: quality(scores[at]))
     ratio = KernelRatio(
         center[0],
         marks.values,
@@ -118,6 +127,21 @@ def fit_kernel(
         n_neighbors if nearest else 0,
     )
     return Scored(ratio, scores[k, b])
+
+
+def _held_out_scores(
+    rows: Rows, marks: Landmarks, labels: list[Tensor], widths: list[float], n_nearest: int
+) -> Tensor:
+    """Log ratios ``(n_widths, n_backgrounds, n_rows)``, each without the row's own line."""
+    scores = rows.values.new_empty(len(widths), len(_BACKGROUNDS), len(rows.values))
+    for part, apart in distance_blocks(rows.values, marks.values):
+        line = rows.line[part]
+        apart.masked_fill_(line[:, None] == marks.line, math.inf)
+        for k, width in enumerate(widths):
+            masses = _masses(apart, labels[k], line, width, n_nearest)
+            for b, background in enumerate(_BACKGROUNDS):
+                scores[k, b, part] = ratio_of(masses, background)
+    return scores
 
 
 def _masses(apart: Tensor, labels: Tensor, line: Tensor, width: float, n_nearest: int) -> Tensor:
