@@ -61,6 +61,14 @@ ERASERS = {
 }
 """Parameters of SubspaceEraser by name."""
 
+GATES = {
+    "diffusion": {"density": "diffusion"},
+    "knn": {"density": "knn"},
+    "linear": {"density": "linear"},
+    "token": {"density": "diffusion", "evidence": "token"},
+}
+"""Parameters of ForgetGate by name."""
+
 TEXTS = [
     "The capital of France is Paris.",
     "Water boils",

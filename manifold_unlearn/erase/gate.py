@@ -218,7 +218,11 @@ class ForgetGate(BaseEstimator):
         forget = forget_mask(y, len(rows)).to(rows.device)
         text = _labels(sequence, "sequence", rows)
         subject = text if group is None else _labels(group, "group", rows)
-        kind = torch.zeros_like(text) if population is None else _labels(population, "kind", rows)
+        kind = (
+            torch.zeros_like(text)
+            if population is None
+            else _labels(population, "population", rows)
+        )
         fold = torch.empty_like(text)
         n_folds = []
         for side, unit, name in ((forget, text, "forget text"), (~forget, subject, "retain group")):
@@ -311,7 +315,8 @@ class ForgetGate(BaseEstimator):
         ``sigmoid(evidence)`` from there on, which is above 1/2. Arguments as
         :meth:`gathered_evidence`.
         """
-        return restore(self.frozen_.opening(self._evidence(X, sequence)), X)
+        evidence = self._evidence(X, sequence)
+        return restore(self.frozen_.opening(evidence), X)
 
     def _log_ratio(self, X: Any) -> Tensor:
         check_is_fitted(self)
