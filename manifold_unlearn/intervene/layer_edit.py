@@ -85,6 +85,13 @@ class LayerEdit:
             total += float(self._missing(part, part.hidden, layer)[0].square().sum())
         return total**0.5
 
+    def rounding(self, layer: int) -> float:
+        """Distance that two passes of one model may have, batched otherwise."""
+        states = self.targets.states[layer]
+        precision = torch.finfo(states.dtype)
+        factor = 1 if precision.bits == 16 else 16
+        return factor * precision.eps * float(states.double().norm())
+
     def edit(
         self, layer: int, moving: BlockStream, held: BlockStream, aim: BlockStream | None
     ) -> float:

@@ -151,7 +151,7 @@ def least_squares_bake(
                 n_run += run.pass_by(moving, layer) + run.pass_by(held, layer)
                 continue
             missing = run.distance(before, layer)
-            if missing == 0:
+            if missing <= run.rounding(layer):
                 n_run += run.pass_by(moving, layer) + run.pass_by(held, layer)
                 continue
             n_run += run.edit(layer, moving, held, aim)

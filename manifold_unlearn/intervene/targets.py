@@ -145,7 +145,8 @@ def hooked_targets(
         Blocks behind which to read. Default: all.
     where : {"all", "last", "answer"} or sequence of bool masks, optional
         Default: the tokens whose state the hooks change behind at least one of the blocks, which
-        takes a second pass. Texts that the hooks leave as they are drop out, with a warning.
+        takes a second pass. Texts that the hooks leave as they are drop out, with a warning;
+        blocks behind which they change nothing drop out of the states.
 
     Raises
     ------
@@ -160,10 +161,11 @@ def hooked_targets(
     if where is not None:
         return StateTargets(*_parts(_padded(encodings, masks)), states)
     bare = _states(model, tokenizer, texts, chosen, masks)
-    moved = torch.stack([(states[i] != bare[i]).any(1) for i in chosen]).any(0)
+    changed = {layer: (states[layer] != bare[layer]).any(1) for layer in chosen}
+    moved = torch.stack(list(changed.values())).any(0)
     masks = list(moved.split([len(row) for row in encodings]))
     kept = _without_idle(masks, "the hooks change no token")
-    states = {layer: values[moved] for layer, values in states.items()}
+    states = {i: states[i][moved] for i in chosen if bool(changed[i].any())}
     return StateTargets(*_parts(_padded([encodings[i] for i in kept], masks, kept)), states)
 
 

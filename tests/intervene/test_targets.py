@@ -126,6 +126,7 @@ def test_hooked_states_are_those_under_the_hooks(llama, tokenizer):
     assert targets.where[0].tolist() == [False] * 3 + [True] * (targets.where.shape[1] - 3)
     for layer in (1, 2):
         assert torch.equal(targets.states[layer], hooked[f"layers.{layer}"][3:])
+    assert sorted(targets.states) == [1, 2]
     everywhere = hooked_targets(llama, tokenizer, [TEXTS[0]], {"layers.1": late_map}, where="all")
     assert torch.equal(everywhere.states[2], hooked["layers.2"])
 
