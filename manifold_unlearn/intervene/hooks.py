@@ -172,6 +172,7 @@ def intervene(
     gate = None if isinstance(tokens, str) and tokens == "all" else _gate(tokens, running)
     edits = {name: _Edit(name, maps[name], running, gate) for name in maps}
     keys = [edit.key for edit in edits.values() if edit.key is not None]
+    _retrace(model)
     with ExitStack() as stack:
         if gate is not None or keys:
             decoder = _decoder(model)
@@ -191,6 +192,13 @@ def intervene(
             )
             stack.callback(handle.remove)
         yield model
+
+
+def _retrace(model: nn.Module) -> None:
+    """Have a compiled model compiled again: what was traced without hooks looks for none."""
+    compiled = any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules())
+    if compiled or hasattr(model, "_orig_mod"):
+        torch.compiler.reset()
 
 
 def _decoder(model: nn.Module) -> nn.Module:

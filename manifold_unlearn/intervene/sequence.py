@@ -109,6 +109,7 @@ class ForwardPass:
         """Tokens in the cache before this pass; a tensor where the cache counts on the device."""
         self._mask: Any = None
         self._cache: Any = None
+        self._packed = False
         self._gathered: dict[int, Tensor] = {}
         self._traced: WeakSet[Any] = WeakSet()
 
@@ -119,6 +120,7 @@ class ForwardPass:
         # a cache that counts on the device counts in place, while the pass runs
         self.past = past.clone() if isinstance(past, Tensor) else past
         self._mask = kwargs.get("attention_mask")
+        self._packed = kwargs.get("cu_seq_lens_q") is not None
         self._gathered = {}
 
     def end(self, _module: nn.Module, _args: Any, output: Any) -> None:
@@ -142,11 +144,21 @@ class ForwardPass:
     def start(self, key: int, h: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Evidence ``(batch, *shape)`` before the first row of this pass.
 
+        Raises
+        ------
+        ValueError
+            Texts packed into one row, a cache of other sequences, or one without layers.
+
         Warns
         -----
         UserWarning
             The cache was filled where this map did not run: its tokens count as no evidence.
         """
+        if self._packed:
+            raise ValueError(
+                "the pass has several texts packed into one row (cu_seq_lens_q): evidence cannot "
+                "be told apart there. Use generate() instead of generate_batch(), one text a row."
+            )
         trace = _trace_of(self._cache) if self._cache is not None else None
         fresh = isinstance(self.past, int) and self.past == 0
         start = None if trace is None or fresh else trace.start(key, self.past)

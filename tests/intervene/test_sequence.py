@@ -433,6 +433,24 @@ def test_an_edited_model_compiles_without_a_break(name, tokenizer, eager_compile
     assert (plain - free).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("in_place", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_a_model_compiled_before_is_edited_too(llama, tokenizer, in_place):
+    """Traced code does not look for hooks that were not there: without care nothing is edited."""
+    torch._dynamo.reset()
+    ids, fitted = ids_of(tokenizer), fitted_cusum(llama, tokenizer)
+    with intervene(llama, {SITE: fitted}):
+        expected = logits(llama, ids, use_cache=False)
+    free = logits(llama, ids, use_cache=False)
+    if in_place:
+        llama.compile(backend="eager")
+    compiled = llama if in_place else torch.compile(llama, backend="eager")
+    torch.testing.assert_close(logits(compiled, ids, use_cache=False), free)
+    with intervene(compiled, {SITE: fitted}):
+        torch.testing.assert_close(logits(compiled, ids, use_cache=False), expected)
+    torch.testing.assert_close(logits(compiled, ids, use_cache=False), free)
+    torch._dynamo.reset()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
 def test_a_compiled_model_decodes_with_a_cache_as_the_plain_one(
@@ -573,6 +591,17 @@ def test_a_mask_of_an_unknown_kind_is_refused(llama, tokenizer):
         intervene(probe, {"block": fitted_cusum(llama, tokenizer)}),
     ):
         probe(torch.zeros(1, 2, WIDTH), attention_mask=torch.ones(1, 2, 2))
+
+
+def test_texts_packed_into_one_row_are_refused(llama, tokenizer):
+    """As continuous batching passes them."""
+    probe = nn.ModuleDict({"block": nn.Identity()})
+    probe.forward = lambda x, cu_seq_lens_q=None: probe["block"](x)
+    with (
+        pytest.raises(ValueError, match="several texts packed into one row"),
+        intervene(probe, {"block": fitted_cusum(llama, tokenizer)}),
+    ):
+        probe(torch.zeros(1, 6, WIDTH), cu_seq_lens_q=torch.tensor([0, 2, 6]))
 
 
 def test_a_map_fitted_for_another_width_is_refused(llama, tokenizer):
