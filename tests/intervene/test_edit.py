@@ -5,7 +5,9 @@ import pytest
 import torch
 from cases import TEXTS, WIDTH, logits
 
-from manifold_unlearn import Edit, SubspaceEraser, artifact, intervene
+from manifold_unlearn import Edit, SubspaceEraser, artifact, capture, intervene
+from manifold_unlearn.erase.compose import ComposedEraser
+from manifold_unlearn.erase.manifold import ManifoldEraser
 from manifold_unlearn.intervene.maps import AffineMap
 
 SITES = ["layers.2.attn", "layers.0.mlp", "embed"]
@@ -135,6 +137,42 @@ def test_maps_of_any_kind_load_as_they_were_saved(mixed, tmp_path, llama, tokeni
     with intervene(llama, loaded):
         assert torch.equal(logits(llama, ids), wanted)
     assert not torch.allclose(wanted, logits(llama, ids), atol=1e-2)
+
+
+def test_manifold_erasers_edit_a_model_as_before_once_loaded(tmp_path, llama, tokenizer):
+    """One gathers evidence along a text, the other for two concepts at once."""
+    texts = [f"{a} {b} {c}" for a in TEXTS for b in ("iron", "a brown fox") for c in TEXTS[:2]]
+    acts = capture(llama, tokenizer, texts, ["layers.0", "layers.1"])
+    kept = (acts.position > 0) & ~acts.sink
+    text = acts.text_index[kept]
+    erasers = []
+    for site, forget in (("layers.0", text < 4), ("layers.1", text < 8), ("layers.1", text > 15)):
+        eraser = ManifoldEraser(
+            mode="transport", density="linear", evidence="sequence", min_auc=0.0, n_neighbors=4,
+            false_positive_rate=0.3,
+        )  # fmt: skip
+        erasers.append(eraser.fit(acts[site][kept], forget.long(), sequence=text))
+    composed = ComposedEraser({"first": erasers[1], "last": erasers[2]})
+    edit = Edit({"layers.0": erasers[0], "layers.1": composed})
+    edit.save(tmp_path / "edit")
+    kinds = {"ManifoldEraser": ManifoldEraser, "ComposedEraser": ComposedEraser}
+    loaded = Edit.load(tmp_path / "edit", kinds=kinds)
+    ids = torch.tensor([tokenizer(texts[0]).input_ids])
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
+    free = logits(llama, ids)
+    said = []
+    for maps in (edit, loaded):
+        with intervene(llama, maps):
+            wanted = logits(llama, ids)
+            said += [
+                llama.generate(ids, use_cache=use, num_beams=beams, pad_token_id=2, **options)
+                for beams in (1, 3)
+                for use in (True, False)
+            ]
+    assert (wanted - free).abs().max() > 1e-2
+    assert torch.equal(said[0], said[1])
+    assert torch.equal(said[2], said[3])
+    assert all(torch.equal(a, b) for a, b in zip(said[:4], said[4:], strict=True))
 
 
 def test_public_classes_need_no_naming(mixed, tmp_path):
