@@ -21,9 +21,13 @@ if TYPE_CHECKING:
     from manifold_unlearn.activations.models import load_model
     from manifold_unlearn.comparison.align import align_manifolds
     from manifold_unlearn.comparison.compare import compare_manifolds
+    from manifold_unlearn.erase.compose import ComposedEraser
+    from manifold_unlearn.erase.gate import ForgetGate
+    from manifold_unlearn.erase.manifold import ManifoldEraser
     from manifold_unlearn.erase.subspace import SubspaceEraser
     from manifold_unlearn.intervene.bake import bake, is_bakeable
     from manifold_unlearn.intervene.edit import Edit
+    from manifold_unlearn.intervene.hooked_bake import LeastSquares
     from manifold_unlearn.manifold.diffusion import DiffusionMap
     from manifold_unlearn.manifold.dimension import intrinsic_dimension
     from manifold_unlearn.manifold.geodesic import GeodesicMap
@@ -35,9 +39,13 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Activations": "activations.capture",
+    "ComposedEraser": "erase.compose",
     "DiffusionMap": "manifold.diffusion",
     "Edit": "intervene.edit",
+    "ForgetGate": "erase.gate",
     "GeodesicMap": "manifold.geodesic",
+    "LeastSquares": "intervene.hooked_bake",
+    "ManifoldEraser": "erase.manifold",
     "SubspaceEraser": "erase.subspace",
     "TangentBundle": "manifold.tangent",
     "align_manifolds": "comparison.align",
@@ -55,9 +63,13 @@ _ROOMS = ("attack", "comparison", "evaluate", "finetune", "manifold", "report", 
 
 __all__ = [
     "Activations",
+    "ComposedEraser",
     "DiffusionMap",
     "Edit",
+    "ForgetGate",
     "GeodesicMap",
+    "LeastSquares",
+    "ManifoldEraser",
     "SubspaceEraser",
     "TangentBundle",
     "align_manifolds",

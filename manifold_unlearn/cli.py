@@ -8,12 +8,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from manifold_unlearn import __version__
 from manifold_unlearn.activations.corpus import Item, read_items
 from manifold_unlearn.pipeline import METHODS
+from manifold_unlearn.recipe.manifold import ManifoldRecipe
 from manifold_unlearn.recipe.subspace import SubspaceRecipe
+
+Recipe = TypeVar("Recipe", SubspaceRecipe, ManifoldRecipe)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--model", default="smollm2-135m", help="id, directory, .gguf or short name")
     demo.add_argument("--bake", action="store_true", help="edit and save the weights")
     demo.add_argument("--sweep", action="store_true", help="choose the recipe anew on validation")
-    _add_recipe(demo)
+    _add_recipe(demo, SubspaceRecipe, "recipe (default: the outcome of the sweep)")
     demo.add_argument("--out", type=Path, default=Path("demo-out"))
     demo.set_defaults(run=_demo)
 
@@ -74,10 +77,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_sets(unlearn)
     unlearn.add_argument("--method", default="subspace", choices=METHODS)
     unlearn.add_argument("--bake", action="store_true", help="edit and save the weights")
-    _add_recipe(unlearn)
-    group = unlearn.add_argument_group("training of a gradient method")
-    group.add_argument("--lr", type=float, help="default 1e-5")
-    group.add_argument("--steps", type=int, help="default: 10 epochs over the forget set")
+    _add_recipe(unlearn, SubspaceRecipe, "--method subspace (default: the outcome of the sweep)")
+    _add_recipe(unlearn, ManifoldRecipe, "--method manifold, hybrid")
+    group = unlearn.add_argument_group("training of a gradient method, or of the hybrid")
+    group.add_argument("--lr", type=float, help="default 1e-5, of the hybrid 2e-3")
+    group.add_argument(
+        "--steps", type=int, help="default: 10 epochs over the forget set; hybrid 60"
+    )
     group.add_argument("--batch-size", type=int, help="default 16")
     group.add_argument("--random-state", type=int)
     unlearn.add_argument("--neutral", type=Path, help="JSONL of texts for perplexity")
@@ -136,36 +142,54 @@ def _add_sets(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", required=True, type=Path)
 
 
-def _add_recipe(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("recipe (default: the outcome of the sweep)")
-    default = SubspaceRecipe()
-    for field in fields(SubspaceRecipe):
+def _add_recipe(
+    command: argparse.ArgumentParser,
+    kind: type[SubspaceRecipe] | type[ManifoldRecipe],
+    title: str,
+) -> None:
+    group = command.add_argument_group(title)
+    default = kind()
+    for field in fields(kind):
         value = getattr(default, field.name)
         flag = "--" + {"method": "eraser"}.get(field.name, field.name).replace("_", "-")
-        if isinstance(value, tuple):
-            group.add_argument(flag, dest=f"recipe_{field.name}", nargs="+")
+        where = f"{kind.__name__}.{field.name}"
+        if field.name == "random_state":
+            continue  # that of the training
+        if isinstance(value, bool):
+            group.add_argument(flag, dest=where, action=argparse.BooleanOptionalAction)
+        elif isinstance(value, tuple):
+            group.add_argument(flag, dest=where, nargs="+", type=type(value[0]))
         else:
-            group.add_argument(flag, dest=f"recipe_{field.name}", type=type(value))
+            group.add_argument(flag, dest=where, type=type(value))
 
 
-def _recipe(options: argparse.Namespace) -> SubspaceRecipe:
-    given = {
-        field.name: getattr(options, f"recipe_{field.name}")
-        for field in fields(SubspaceRecipe)
-        if getattr(options, f"recipe_{field.name}") is not None
-    }
-    if "parts" in given:
-        given["parts"] = tuple(given["parts"])
-    return replace(SubspaceRecipe(), **given)
+def _recipe(options: argparse.Namespace, kind: type[Recipe]) -> Recipe:
+    given: dict[str, Any] = {}
+    for field in fields(kind):
+        value = getattr(options, f"{kind.__name__}.{field.name}", None)
+        if value is not None:
+            given[field.name] = tuple(value) if isinstance(value, list) else value
+    if kind is ManifoldRecipe and options.random_state is not None:
+        given["random_state"] = options.random_state
+    return kind(**given)
+
+
+def _recipe_of_method(options: argparse.Namespace) -> SubspaceRecipe | ManifoldRecipe | None:
+    """Return the recipe of the method chosen; None of a baseline."""
+    if options.method == "subspace":
+        return _recipe(options, SubspaceRecipe)
+    return _recipe(options, ManifoldRecipe) if options.method in ("manifold", "hybrid") else None
 
 
 def _training(options: argparse.Namespace) -> Any:
     """Return the training asked for; None where nothing is said of it."""
     from manifold_unlearn.finetune.train import TrainConfig
+    from manifold_unlearn.recipe.manifold import HYBRID_TRAINING
 
     names = ("lr", "steps", "batch_size", "random_state")
     given = {name: v for name in names if (v := getattr(options, name)) is not None}
-    return TrainConfig(**given) if given else None
+    usual = HYBRID_TRAINING if options.method == "hybrid" else TrainConfig()
+    return replace(usual, **given) if given else None
 
 
 def _template(options: argparse.Namespace) -> str:
@@ -192,7 +216,7 @@ def _demo(options: argparse.Namespace) -> None:
     if options.list_topics:
         print("\n".join(topics()))
         return
-    recipe = _recipe(options)
+    recipe = _recipe(options, SubspaceRecipe)
     if options.sweep:
         from manifold_unlearn.sweep import choose_recipe
 
@@ -244,7 +268,7 @@ def _unlearn(options: argparse.Namespace) -> None:
         sets["forget"],
         sets["retain"],
         method=options.method,
-        recipe=_recipe(options),
+        recipe=_recipe_of_method(options),
         training=_training(options),
         bake=options.bake,
         include_eos=_include_eos(options),
@@ -315,6 +339,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         print(f"verdict: {report.judgement.verdict}, {nearness} of 1 as the model never told")
     if report.not_judged:
         print(f"no verdict: {report.not_judged}")
+    if report.not_controlled:
+        print(f"depth without a control: {report.not_controlled}")
     print(f"wrote {options.out / 'metrics.json'}")
 
 

@@ -19,10 +19,17 @@ from manifold_unlearn.finetune.train import TrainConfig, train
 from manifold_unlearn.intervene.bake import bake as bake_edit
 from manifold_unlearn.intervene.edit import Edit
 from manifold_unlearn.intervene.hooks import intervene
+from manifold_unlearn.recipe.manifold import (
+    ManifoldRecipe,
+    bake_manifold,
+    fit_manifold_edit,
+    hybrid,
+)
 from manifold_unlearn.recipe.subspace import SubspaceRecipe, fit_edit
 
-METHODS = ("subspace", *OBJECTIVES)
-"""Ways to forget: an eraser of a linear subspace, and the gradient baselines by name."""
+METHODS = ("subspace", "manifold", "hybrid", *OBJECTIVES)
+"""Ways to forget: an eraser of a linear subspace; transport on the manifold, in hooks or baked; the
+same baked and led on by a few gradient steps; and the gradient baselines by name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +84,7 @@ def unlearn(
     retain: Items,
     *,
     method: str = "subspace",
-    recipe: SubspaceRecipe | None = None,
+    recipe: SubspaceRecipe | ManifoldRecipe | None = None,
     training: TrainConfig | None = None,
     bake: bool = False,
     template: str = "{question}",
@@ -96,14 +103,15 @@ def unlearn(
     forget, retain : path, or iterable of mappings or str
         JSONL file or records with ``question`` and ``answer``, or ``text``. Disjoint.
     method : str, default="subspace"
-        Of ``METHODS``; all but ``"subspace"`` are gradient baselines, which train the weights.
-    recipe : SubspaceRecipe, optional
-        Sites, rank and rows of the fit; for ``"subspace"``.
+        Of ``METHODS``; all but the first three are gradient baselines, which train the weights.
+    recipe : SubspaceRecipe or ManifoldRecipe, optional
+        Of the first three, the former for ``"subspace"``.
     training : TrainConfig, optional
-        Steps and learning rate of a baseline. The defaults are the published ones for models of a
-        billion parameters; small ones need larger rates.
+        Steps and learning rate of a baseline or of the hybrid. The defaults of the baselines are
+        the published ones for models of a billion parameters; small ones need larger rates.
     bake : bool, default=False
-        Write the edit into the weights; a baseline always does.
+        Write the edit into the weights: exactly for ``"subspace"``, by least squares for
+        ``"manifold"``; the other methods always do.
     template : str, default="{question}"
         How a question becomes a prompt.
     include_eos : bool, default=False
@@ -131,7 +139,7 @@ def unlearn(
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}.")
-    recipe = recipe or SubspaceRecipe()
+    recipe = _recipe_of(method, recipe)
     forget_items = read_items(forget, template=template, name="forget")
     retain_items = read_items(retain, template=template, name="retain")
     require_disjoint(forget_items, retain_items)
@@ -141,13 +149,30 @@ def unlearn(
     clock = _Clock()
     edited, edit = model, None
     config: dict[str, Any] = {"method": method}
-    if method == "subspace":
+    if isinstance(recipe, SubspaceRecipe):
         with clock("fit"):
             edit = fit_edit(model, tokenizer, forget_items, retain_items, recipe, bakeable=bake)
         config |= {"recipe": asdict(recipe), "sites": list(edit), "baked": bake}
         if bake:
             with clock("bake"):
                 edited = bake_edit(model, edit)
+    elif isinstance(recipe, ManifoldRecipe):
+        config |= {"recipe": asdict(recipe), "aim": recipe.aim_at(forget_items)}
+        given = (model, tokenizer, forget_items, retain_items, recipe)
+        if method == "hybrid":
+            bake = True
+            with clock("train"):
+                edited = hybrid(*given, training)
+        elif bake:
+            with clock("bake"):
+                baked = bake_manifold(*given)
+            edited = baked.model
+            config |= {"kept": {str(layer): share for layer, share in baked.kept.items()}}
+        else:
+            with clock("fit"):
+                edit = fit_manifold_edit(*given)
+            config |= {"sites": list(edit)}
+        config |= {"baked": bake}
     else:
         training, bake = training or TrainConfig(), True
         with clock("train"):
@@ -179,6 +204,18 @@ def unlearn(
         "seconds": clock.seconds,
     }
     return UnlearnResult(edited, tokenizer, edit, bake, metrics, changes)
+
+
+def _recipe_of(
+    method: str, recipe: SubspaceRecipe | ManifoldRecipe | None
+) -> SubspaceRecipe | ManifoldRecipe | None:
+    """The recipe of a method that has one; None of a baseline."""
+    kinds = {"subspace": SubspaceRecipe, "manifold": ManifoldRecipe, "hybrid": ManifoldRecipe}
+    kind = kinds.get(method)
+    if recipe is not None and (kind is None or not isinstance(recipe, kind)):
+        wanted = "no recipe" if kind is None else f"a {kind.__name__}"
+        raise ValueError(f"method={method!r} takes {wanted}; got a {type(recipe).__name__}.")
+    return kind() if recipe is None and kind is not None else recipe
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

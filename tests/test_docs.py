@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = sorted([*(DOCS / "geometry").glob("*.md"), *(DOCS / "evaluation").glob("*.md")])
+ROOMS = ("evaluation", "geometry", "unlearning")
+PAGES = sorted(page for room in ROOMS for page in (DOCS / room).glob("*.md"))
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 EXAMPLES = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf-8"))]
 
 
 def test_there_are_pages_with_examples():
-    assert {page.parent.name for page in EXAMPLES} == {"geometry", "evaluation"}
+    assert {page.parent.name for page in EXAMPLES} == set(ROOMS)
     assert len(EXAMPLES) >= 12
 
 

@@ -33,9 +33,9 @@ def invent_subjects(
     subjects : iterable of str
         Names of one or more words.
     known : iterable of str
-        Names to take words from, and not to hit upon; subjects count among them. A word keeps its
-        place: first names come from first names. It comes from names of as many words as the
-        subject has.
+        Names to take words from, and not to hit upon. A word keeps its place: first names come from
+        first names. It comes from names of as many words as the subject has; from other subjects
+        only where too few known names have.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
         Prefer names of as many tokens as the subject's, behind a space.
     random_state : int, RandomState or None
@@ -51,6 +51,7 @@ def invent_subjects(
         A subject is blank, or there are too few known names of as many words to recombine.
     """
     subjects = list(dict.fromkeys(subjects))
+    known = list(dict.fromkeys(known))
     names = list(dict.fromkeys([*known, *subjects]))
     if blank := [name for name in names if not name.strip()]:
         raise ValueError(f"{blank[0]!r} is no name; leave blank subjects out.")
@@ -59,7 +60,10 @@ def invent_subjects(
     invented: dict[str, str] = {}
     for subject in subjects:
         words = tuple(subject.split())
-        parts = _parts(words, names)
+        others = [name for name in known if name not in subjects]
+        parts = _parts(words, others)
+        if min(map(len, parts)) < 2:
+            parts = _parts(words, names)
         if min(map(len, parts)) < 2:
             raise ValueError(
                 f"{subject!r} has {len(words)} words, and too few known names have as many to put "

@@ -29,7 +29,7 @@ RECIPES: Mapping[str, Recipe] = {
         d_hidden=688,
         n_layers=6,
         n_heads=8,
-        n_steps=2000,
+        n_steps=1000,
         batch_size=16,
         learning_rate=2e-3,
     ),

@@ -1,0 +1,312 @@
+"""Unlearning on the manifold: transport the states of what is to be forgotten, bake, fine-tune."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from manifold_unlearn.activations.capture import Activations, capture
+from manifold_unlearn.activations.corpus import Item
+from manifold_unlearn.activations.counterfactual import counterfactual_items, invent_subjects
+from manifold_unlearn.activations.sites import find_decoder
+from manifold_unlearn.erase.manifold import ManifoldEraser, Mode
+from manifold_unlearn.finetune.manifold import ManifoldMatching
+from manifold_unlearn.finetune.train import TrainConfig, train
+from manifold_unlearn.intervene.edit import Edit
+from manifold_unlearn.intervene.hooks import intervene
+from manifold_unlearn.intervene.layer_edit import Writer
+from manifold_unlearn.intervene.least_squares import BakeResult, least_squares_bake
+from manifold_unlearn.intervene.targets import (
+    StateTargets,
+    counterfactual_targets,
+    hooked_targets,
+    token_rows,
+)
+
+Aim: TypeAlias = Literal["auto", "counterfactual", "retain"]
+
+
+@dataclass(frozen=True)
+class ManifoldRecipe:
+    """Where forget states go, and how they are brought there."""
+
+    aim: Aim = "auto"
+    """``counterfactual``: to the states of the same prompt about a subject that does not exist,
+    for items whose ``topic`` is their subject's name; ``retain``: to the retain states.
+    ``auto``: the former where every forget item names its topic, else the latter."""
+    mode: Mode = "auto"
+    """Of the hooked :class:`ManifoldEraser`; ``auto`` is transport to a counterfactual, tangent to
+    retain states."""
+    blocks: tuple[float, ...] = (0.0, 0.25, 0.5)
+    """Depths, as shares, of the blocks behind which hooks edit."""
+    in_sequence: bool = False
+    """Fit each site on what the edits before it leave, instead of on the model as it is. States
+    that were moved already are forget no more, and a gate that learns them as such opens later."""
+    n_landmarks: int = 2048
+    false_positive_rate: float = 0.01
+    evidence: Literal["sequence", "token"] = "sequence"
+    ridge: float = 1.0
+    """Weight of the retain keys in the bake."""
+    writers: tuple[Writer, ...] = ("mlp",)
+    """Output matrices that the bake edits."""
+    n_passes: int = 1
+    """Solutions of the bake a layer."""
+    start: Literal["given", "baked"] = "given"
+    """Where the gradient steps of the hybrid start. From the baked model fewer are needed, and what
+    was forgotten is relearned faster."""
+    alpha: float = 1.0
+    """Weight of the retain states in the gradient steps."""
+    beta: float = 1.0
+    """Weight of the states put back, which keeps what was forgotten from coming back together."""
+    random_state: int = 0
+    """Of the invented subjects."""
+
+    def sites(self, model: Any) -> list[str]:
+        """Sites in a model, in the order in which they are computed."""
+        n = len(find_decoder(model).blocks)
+        return [f"layers.{i}" for i in sorted({min(n - 1, round(at * n)) for at in self.blocks})]
+
+    def aim_at(self, forget: Sequence[Item]) -> Literal["counterfactual", "retain"]:
+        """What ``aim`` stands for with these items.
+
+        Raises
+        ------
+        ValueError
+            An unknown aim, or a counterfactual asked for where an item does not name its topic.
+        """
+        if self.aim not in get_args(Aim):
+            raise ValueError(f"aim={self.aim!r} is not one of {', '.join(get_args(Aim))}.")
+        nameless = [i for i, item in enumerate(forget) if not _names_its_topic(item)]
+        if self.aim == "counterfactual" and nameless:
+            raise ValueError(
+                f"forget item {nameless[0]} does not name its topic "
+                f"{forget[nameless[0]].topic!r} ({len(nameless)} of {len(forget)}); set topic to "
+                "the name of its subject, or use aim='retain'."
+            )
+        if self.aim == "retain" or nameless:
+            return "retain"
+        return "counterfactual"
+
+
+def _names_its_topic(item: Item) -> bool:
+    return bool(item.topic.strip()) and item.topic in item.question
+
+
+def counterfactual_twins(
+    forget: Sequence[Item], retain: Sequence[Item], tokenizer: Any, random_state: Any = None
+) -> list[Item]:
+    """The forget items about invented subjects, made of the names of all items' topics."""
+    known = [item.topic for item in retain if _names_its_topic(item)]
+    names = [item.topic for item in forget]
+    invented = invent_subjects(names, known, tokenizer=tokenizer, random_state=random_state)
+    return counterfactual_items(forget, invented)
+
+
+def fit_manifold_edit(
+    model: Any,
+    tokenizer: Any,
+    forget: Sequence[Item],
+    retain: Sequence[Item],
+    recipe: ManifoldRecipe | None = None,
+) -> Edit:
+    """One :class:`ManifoldEraser` a site.
+
+    Parameters
+    ----------
+    model, tokenizer
+        As :func:`load_model` gives them; left as they are.
+    forget, retain : sequence of Item
+        Retain questions and plain texts count as two populations of the gate.
+    recipe : ManifoldRecipe, optional
+
+    Returns
+    -------
+    Edit
+        What :func:`intervene` takes.
+
+    Raises
+    ------
+    ValueError
+        As :meth:`ManifoldRecipe.aim_at`, :func:`invent_subjects` and :meth:`ManifoldEraser.fit`.
+    """
+    recipe = recipe or ManifoldRecipe()
+    texts = [item.captured for item in forget]
+    twins = None
+    if recipe.aim_at(forget) == "counterfactual":
+        twins = counterfactual_twins(forget, retain, tokenizer, recipe.random_state)
+    maps: dict[str, Any] = {}
+    for site in recipe.sites(model):
+        before = maps if recipe.in_sequence else {}
+        if twins is None:
+            rows, aims = _captured(model, tokenizer, texts, site, before), None
+        else:
+            layer = int(site.rpartition(".")[2])
+            wanted = counterfactual_targets(
+                model, tokenizer, texts, [twin.captured for twin in twins], layers=[layer]
+            )
+            rows = _captured(model, tokenizer, texts, site, before, _masks(wanted))
+            aims = wanted.states[layer]
+        kept = _captured(model, tokenizer, [item.captured for item in retain], site, before)
+        maps[site] = _fit_site(rows, kept, aims, forget, retain, site, recipe)
+    return Edit(maps)
+
+
+def _captured(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[Any],
+    site: str,
+    maps: dict[str, Any],
+    tokens: Any = "all",
+) -> Activations:
+    """Rows at a site of the model under the maps fitted so far."""
+    with intervene(model, maps) if maps else nullcontext():
+        return capture(model, tokenizer, texts, site, tokens=tokens)
+
+
+def _masks(targets: StateTargets) -> list[Any]:
+    lengths = targets.attention_mask.sum(1).tolist()
+    return [row[:n].numpy() for row, n in zip(targets.where, lengths, strict=True)]
+
+
+def _fit_site(
+    rows: Activations,
+    kept: Activations,
+    aims: Tensor | None,
+    forget: Sequence[Item],
+    retain: Sequence[Item],
+    site: str,
+    recipe: ManifoldRecipe,
+) -> ManifoldEraser:
+    usable = ~(kept.sink | kept.special | (kept.position == 0))
+    moved = torch.ones(len(rows[site]), dtype=torch.bool)
+    if aims is None:
+        moved = ~(rows.sink | rows.special | (rows.position == 0))
+    X = torch.cat([rows[site][moved], kept[site][usable]]).float()
+    n_forget = int(moved.sum())
+    y = (torch.arange(len(X)) < n_forget).long()
+    text = torch.cat([rows.text_index[moved], kept.text_index[usable] + len(forget)])
+    items = [*forget, *retain]
+    plain = torch.tensor([not item.answer for item in items])
+    mode = recipe.mode
+    if mode == "auto":
+        mode = "transport" if aims is not None else "tangent"
+    eraser = ManifoldEraser(
+        mode=mode,
+        target="retain" if aims is None else "reference",
+        n_landmarks=recipe.n_landmarks,
+        evidence=recipe.evidence,
+        false_positive_rate=recipe.false_positive_rate,
+    )
+    return eraser.fit(
+        X,
+        y,
+        reference=None if aims is None else aims.float(),
+        paired=aims is not None,
+        sequence=text,
+        group=_subjects(items)[text],
+        population=plain.long()[text],
+    )
+
+
+def _subjects(items: Sequence[Item]) -> Tensor:
+    """A number for the subject of each item; items without one are their own."""
+    names = [item.topic.strip() or f"\0{i}" for i, item in enumerate(items)]
+    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return torch.tensor([number[name] for name in names])
+
+
+def state_targets(
+    model: Any,
+    tokenizer: Any,
+    forget: Sequence[Item],
+    retain: Sequence[Item],
+    recipe: ManifoldRecipe | None = None,
+) -> StateTargets:
+    """States that the forget items shall have behind every block.
+
+    Those of the same prompts about invented subjects, or those of the model under the fitted
+    :class:`ManifoldEraser`; see :attr:`ManifoldRecipe.aim`.
+    """
+    recipe = recipe or ManifoldRecipe()
+    texts = [item.captured for item in forget]
+    if recipe.aim_at(forget) == "retain":
+        edit = fit_manifold_edit(model, tokenizer, forget, retain, recipe)
+        return hooked_targets(model, tokenizer, texts, edit)
+    twins = counterfactual_twins(forget, retain, tokenizer, recipe.random_state)
+    return counterfactual_targets(model, tokenizer, texts, [twin.captured for twin in twins])
+
+
+def bake_manifold(
+    model: Any,
+    tokenizer: Any,
+    forget: Sequence[Item],
+    retain: Sequence[Item],
+    recipe: ManifoldRecipe | None = None,
+) -> BakeResult:
+    """Copy of a model whose weights bring the forget items' states to their targets.
+
+    Closed form, no gradient: see :func:`least_squares_bake`.
+    """
+    recipe = recipe or ManifoldRecipe()
+    targets = state_targets(model, tokenizer, forget, retain, recipe)
+    return _bake(model, tokenizer, targets, retain, recipe)
+
+
+def _bake(
+    model: Any,
+    tokenizer: Any,
+    targets: StateTargets,
+    retain: Sequence[Item],
+    recipe: ManifoldRecipe,
+) -> BakeResult:
+    return least_squares_bake(
+        model,
+        targets,
+        token_rows(model, tokenizer, [item.captured for item in retain]),
+        ridge=recipe.ridge,
+        writers=recipe.writers,
+        n_passes=recipe.n_passes,
+    )
+
+
+HYBRID_TRAINING = TrainConfig(
+    lr=2e-3, steps=60, batch_size=32, warmup_steps=2, weight_decay=0.0, clip=None
+)
+"""Gradient steps of the hybrid for a model of a million parameters; larger ones need smaller rates.
+"""
+
+
+def hybrid(
+    model: Any,
+    tokenizer: Any,
+    forget: Sequence[Item],
+    retain: Sequence[Item],
+    recipe: ManifoldRecipe | None = None,
+    training: TrainConfig | None = None,
+) -> Any:
+    """Copy of a model that a few gradient steps led to the targets that a bake aims at.
+
+    Parameters
+    ----------
+    model, tokenizer
+        As :func:`load_model` gives them; left as they are.
+    forget, retain : sequence of Item
+    recipe : ManifoldRecipe, optional
+        ``start="baked"`` bakes first.
+    training : TrainConfig, optional
+        Default: ``HYBRID_TRAINING``.
+    """
+    recipe = recipe or ManifoldRecipe()
+    targets = state_targets(model, tokenizer, forget, retain, recipe)
+    start = model
+    if recipe.start == "baked":
+        start = _bake(model, tokenizer, targets, retain, recipe).model
+    rule = ManifoldMatching(targets, original=model, alpha=recipe.alpha, beta=recipe.beta)
+    training = training or HYBRID_TRAINING
+    return train(start, tokenizer, forget, retain, objective=rule, config=training).model
