@@ -88,7 +88,8 @@ def test_rows_are_moved_alike_alone_and_together_and_in_blocks(monkeypatch):
     whole = made(torch.tensor(rows))
     alone = torch.cat([made(torch.tensor(row[None])) for row in rows])
     torch.testing.assert_close(alone, whole, rtol=1e-12, atol=1e-12)
-    monkeypatch.setattr(module, "_ENTRIES", 1000)
+    monkeypatch.setattr(module, "_BLOCK", 2000)
+    monkeypatch.setattr(module, "_CACHED", 2000)
     torch.testing.assert_close(made(torch.tensor(rows)), whole, rtol=1e-12, atol=1e-12)
 
 
@@ -99,6 +100,53 @@ def test_single_precision_far_from_the_origin_agrees_with_double():
     single = made.to("cpu", torch.bfloat16)((torch.tensor(rows) + 1e3).float())
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), exact, rtol=0, atol=2e-3)  # 1e3 * 2**-23 * a few
+
+
+def gathered_bases(move, h):
+    """The formula as it is written, with the bases of a row's landmarks gathered for each row."""
+    k = move.n_neighbors
+    rows = h - move.center
+    near = torch.cdist(rows.double(), move.landmarks.double()).topk(k + 1, largest=False).indices
+    offsets = rows[:, None] - move.landmarks[near]
+    weights, near = shepard_weights(offsets.norm(dim=2), k), near[:, :k]
+    if move.bases is None:
+        return h + torch.einsum("nj,njd->nd", weights, (move.targets - move.landmarks)[near])
+    bases = move.bases[near]
+    along = torch.einsum("njdk,njek,nje->njd", bases, bases, offsets[:, :k])
+    return move.center + torch.einsum("nj,njd->nd", weights, move.targets[near] + along)
+
+
+@pytest.mark.parametrize("curved", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
+@pytest.mark.parametrize("n_rows", [1, 8, 40])
+def test_the_order_of_the_products_changes_nothing(curved, dtype, tolerance, n_rows):
+    z, t, bases, rows = (torch.tensor(values) for values in drawn(m=300, d=96, k=10))
+    made = landmark_map(z, t, bases if curved else None, 16).to("cpu", dtype)
+    h = rows[:n_rows].to(dtype)
+    moved = made(h)
+    assert moved.dtype == dtype
+    torch.testing.assert_close(moved, gathered_bases(made, h), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("curved", [True, False])
+def test_a_trace_has_no_break_and_holds_for_any_number_of_rows(curved, monkeypatch):
+    z, t, bases, rows = (torch.tensor(values) for values in drawn())
+    made = landmark_map(z, t, bases if curved else None, 5)
+    whole = made(rows)
+    monkeypatch.setattr(module, "_CACHED", 2000)  # eager, the rows would go in blocks
+    traced = torch.compile(made.__call__, fullgraph=True, backend="eager", dynamic=True)
+    for n in (40, 17):
+        torch.testing.assert_close(traced(rows[:n]), whole[:n], rtol=1e-12, atol=1e-12)
+
+
+def test_a_map_made_of_its_arrays_is_the_map():
+    z, t, bases, rows = (torch.tensor(values) for values in drawn())
+    made = landmark_map(z, t, bases, 5)
+    kept = [values.clone(memory_format=torch.contiguous_format) for values in (
+        made.center, made.landmarks, made.squared_norms, made.targets, made.bases)]  # fmt: skip
+    again = module.LandmarkMap(*kept, n_neighbors=5)
+    torch.testing.assert_close(again.bases, bases, rtol=0, atol=0)
+    assert torch.equal(again(rows), made(rows))
 
 
 def test_gradients_pass():
