@@ -11,12 +11,13 @@ from torch import Tensor
 
 from manifold_unlearn.arrays import row_blocks
 from manifold_unlearn.erase.aim import Aim
-from manifold_unlearn.manifold.charts import surface_charts
+from manifold_unlearn.manifold.charts import Charts, surface_charts
 from manifold_unlearn.manifold.dimension import estimate_dimension
 from manifold_unlearn.manifold.neighbors import nearest_neighbors
 from manifold_unlearn.manifold.tangent import TangentBundle
 
 _BUNDLE = 40  # distinct rows from which a manifold is fitted; fewer are one or a few flat charts
+_PROBES = 32  # landmarks whose feet are looked for first
 _ENTRIES = 2**24
 
 
@@ -44,9 +45,10 @@ def tangent_targets(
     """Feet of landmarks on the manifold of the rows aimed at, with the tangent spaces there.
 
     Without a choice the manifold is the surface that the rows sample (:class:`TangentBundle`);
-    landmarks that find no foot on it, and all where there are fewer than 40 distinct rows, are
-    projected on the flat chart of their nearest rows. With pairs the foot is the pair, with
-    semantic neighbors it lies on the flat chart through them.
+    landmarks that find no foot on it are projected on the flat chart of their nearest rows. So are
+    all where none of 32 landmarks, evenly spaced, finds one, for noise hides the surface there and
+    the search is most of the work; and where there are fewer than 40 distinct rows. With pairs the
+    foot is the pair, with semantic neighbors it lies on the flat chart through them.
 
     Parameters
     ----------
@@ -73,17 +75,26 @@ def tangent_targets(
         warnings.simplefilter("ignore", UserWarning)  # of doubt: unsettled rows are caught below
         bundle = TangentBundle(dimension, n_neighbors=max(n_neighbors, 8)).fit(distinct)
     k = bundle.dimension_
-    fitted = surface_charts(
-        landmarks,
-        bundle.landmarks_,
-        dimension=k,
-        n_neighbors=bundle.n_neighbors_,
-        order=bundle.order_,
-    )
-    points, bases = fitted.feet, fitted.bases
-    if not bool(fitted.settled.all()):
-        lost = ~fitted.settled
-        near = _nearest(landmarks[lost], distinct, max(n_neighbors, k + 1))
+
+    def feet(points: Tensor) -> Charts:
+        return surface_charts(
+            points,
+            bundle.landmarks_,
+            dimension=k,
+            n_neighbors=bundle.n_neighbors_,
+            order=bundle.order_,
+        )
+
+    few = max(n_neighbors, k + 1)
+    if len(landmarks) > _PROBES:
+        probes = torch.arange(_PROBES, device=landmarks.device) * len(landmarks) // _PROBES
+        if not bool(feet(landmarks[probes]).settled.any()):
+            return flat_charts(landmarks, distinct, _nearest(landmarks, distinct, few), k)
+    found = feet(landmarks)
+    points, bases = found.feet, found.bases
+    if not bool(found.settled.all()):
+        lost = ~found.settled
+        near = _nearest(landmarks[lost], distinct, few)
         flat = flat_charts(landmarks[lost], distinct, near, k)
         points[lost] = flat.points
         bases[lost] = torch.as_tensor(flat.bases)

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from manifold_unlearn.erase import targets as module
 from manifold_unlearn.erase.aim import Aim, label_free, semantic_choice
 from manifold_unlearn.erase.swap import diffusion_targets
 from manifold_unlearn.erase.targets import flat_charts, tangent_targets, transport_targets
 from manifold_unlearn.erase.walk import geodesic_targets
 from manifold_unlearn.manifold import samples
+from manifold_unlearn.manifold.charts import surface_charts
 
 
 def tensor(values):
@@ -63,6 +65,41 @@ def test_few_rows_make_flat_charts(n_rows):
         assert float((found.points - rows.mean(0)).norm()) < float(
             (landmarks - rows.mean(0)).norm()
         )
+
+
+def searched(monkeypatch, landmarks, rows, **options):
+    """Targets, with how many landmarks were looked for a foot in turn and how many found one."""
+    looked = []
+
+    def recorded(points, *args, **kwargs):
+        charts = surface_charts(points, *args, **kwargs)
+        looked.append((len(points), int(charts.settled.sum())))
+        return charts
+
+    monkeypatch.setattr(module, "surface_charts", recorded)
+    return tangent_targets(landmarks, Aim(rows, None), n_neighbors=16, **options), looked
+
+
+def test_where_noise_hides_the_surface_few_are_looked_for_and_all_go_to_flat_charts(monkeypatch):
+    rng = np.random.default_rng(0)
+    rows, landmarks = tensor(rng.normal(size=(120, 30))), tensor(rng.normal(size=(80, 30)) + 1)
+    found, looked = searched(monkeypatch, landmarks, rows, dimension=2)
+    assert looked == [(32, 0)]
+    near = torch.cdist(landmarks, rows).topk(16, largest=False).indices
+    flat = flat_charts(landmarks, rows, near, 2)
+    torch.testing.assert_close(found.points, flat.points)
+    planes, expected = (bases @ bases.mT for bases in (found.bases, flat.bases))
+    torch.testing.assert_close(planes, expected)
+
+
+def test_where_some_find_a_foot_all_are_looked_for(monkeypatch):
+    rng = np.random.default_rng(0)
+    rows, landmarks = tensor(rng.normal(size=(120, 30))), tensor(rng.normal(size=(80, 30)) + 1)
+    found, looked = searched(monkeypatch, landmarks, rows, dimension="auto")
+    assert [n for n, _ in looked] == [32, 80]
+    assert 0 < looked[1][1] < 80
+    assert torch.isfinite(found.points).all()
+    assert found.bases.flatten(1).any(1).all()
 
 
 def test_with_pairs_the_foot_is_the_pair():
