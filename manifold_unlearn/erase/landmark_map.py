@@ -64,10 +64,9 @@ class LandmarkMap:
         rows go in blocks, on a CPU such as its cache holds.
         """
         rows = h - self.center
-        near = _in_blocks(self._nearest, _BLOCK // (8 * len(self.landmarks)), rows)
-        wide = rows.shape[1] * (1 if self.bases is None else self.bases.shape[2])
-        room = _CACHED if h.device.type == "cpu" else _BLOCK
-        moved = _in_blocks(self._moved, room // (near.shape[1] * wide * rows.itemsize), rows, near)
+        near = _in_blocks(self._nearest, 8 * len(self.landmarks), _BLOCK, rows)
+        wide = near.shape[1] * rows.shape[1] * rows.itemsize
+        moved = _in_blocks(self._moved, wide, _room(rows), rows, near)
         return moved + (h if self.bases is None else self.center)
 
     def _nearest(self, rows: Tensor) -> Tensor:
@@ -80,13 +79,19 @@ class LandmarkMap:
         """Shifts of centered rows; with bases the moved rows, centered."""
         distances = (rows[:, None] - _gathered(self.landmarks, near)).norm(dim=2)
         k = min(self.n_neighbors, len(self.landmarks))
-        weights, near = shepard_weights(distances, k)[:, None], near[:, :k]
-        moved = weights @ _gathered(self.intercepts, near)
-        if self.bases is not None:
-            frames = _gathered(self.bases.mT, near).flatten(1, 2)
-            along = (rows[:, None] @ frames.mT).unflatten(2, (k, -1))
-            moved = moved + (along * weights[..., None]).flatten(2) @ frames
-        return moved[:, 0]
+        weights, near = shepard_weights(distances, k), near[:, :k]
+        moved = (weights[:, None] @ _gathered(self.intercepts, near))[:, 0]
+        if self.bases is None:
+            return moved
+        wide = k * self.bases[0].numel() * rows.itemsize
+        return moved + _in_blocks(self._along, wide, _room(rows), rows, near, weights)
+
+    def _along(self, rows: Tensor, near: Tensor, weights: Tensor) -> Tensor:
+        """Weighted sums of the projections of rows on the spaces of their landmarks."""
+        assert self.bases is not None
+        frames = _gathered(self.bases.mT, near).flatten(1, 2)
+        along = (rows[:, None] @ frames.mT)[:, 0].unflatten(1, (near.shape[1], -1))
+        return ((along * weights[:, :, None]).flatten(1)[:, None] @ frames)[:, 0]
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> LandmarkMap:
         """Return the same map where and as precise as rows of ``dtype`` need it."""
@@ -108,9 +113,16 @@ def landmark_map(
     return LandmarkMap(center, z, z.square().sum(1), t, frames, n_neighbors)
 
 
-def _in_blocks(function: Callable[..., Tensor], size: int, *rows: Tensor) -> Tensor:
-    """Results of blocks of rows put together; of all at once in a trace, whatever their number."""
-    size = max(1, size)
+def _room(rows: Tensor) -> int:
+    return _CACHED if rows.device.type == "cpu" else _BLOCK
+
+
+def _in_blocks(function: Callable[..., Tensor], wide: int, room: int, *rows: Tensor) -> Tensor:
+    """Results put together of blocks of rows that fill ``room`` bytes, ``wide`` of them a row.
+
+    In a trace, which is to hold for any number of rows, all are one block.
+    """
+    size = max(1, room // max(1, wide))
     if torch.compiler.is_compiling() or len(rows[0]) <= size:
         return function(*rows)
     parts = row_blocks(len(rows[0]), size)
