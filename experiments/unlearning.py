@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -393,7 +394,45 @@ def claims(rows: list[dict[str, Any]], config: Config, command: str) -> list[dic
     return made
 
 
+COLUMNS = {
+    "forget": ("forget P", ".2f"), "forget_paraphrase": ("unseen wordings", ".2f"),
+    "forget_accuracy": ("rank 1", ".2f"), "retain": ("retain P", ".2f"),
+    "retain_accuracy": ("rank 1", ".3f"), "ks_p": ("KS p", ".2g"), "overall": ("overall", ".2f"),
+    "controlled_depth": ("depth", ".2f"), "rounded": ("int8, int4", ".2f"),
+    "other_facts_relearned": ("others relearned", ".2f"), "relearning": ("relearning", ".2f"),
+    "gflops": ("GFLOP", ".0f"),
+}  # fmt: skip
+"""Figures of the page's table; KS p is the least over seeds, all else a mean."""
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown of every method that was tested."""
+    tests = [row for row in rows if row["stage"] == "test"]
+    heads = " | ".join(head for head, _ in COLUMNS.values())
+    lines = [f"| method | {heads} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for method in dict.fromkeys(row["method"] for row in tests):
+        cells = []
+        for key, (_, form) in COLUMNS.items():
+            value = mean(tests, method, key)
+            if key == "ks_p":
+                value = min(row[key] for row in tests if row["method"] == method)
+            cells.append("" if value is None else format(value, form))
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def put_into_page(rows: Sequence[dict[str, Any]], preset: str) -> None:
+    """Replace what stands between the marks of a preset in the page on the claim."""
+    page = Path(__file__).parents[1] / "docs" / "unlearning" / "claim.md"
+    begin, end = f"<!-- {preset} -->\n", f"<!-- end of {preset} -->"
+    text = page.read_text(encoding="utf-8")
+    if begin in text:
+        before, rest = text.split(begin)
+        page.write_text(before + begin + table(rows) + "\n" + end + rest.split(end)[1], "utf-8")
+
+
 if __name__ == "__main__":
     preset, config = parse(PRESETS, __doc__)
     for result in run(config, preset):
+        put_into_page(result["rows"], preset)
         print(write("unlearning", preset, result))

@@ -773,3 +773,35 @@ def test_unlearn_makes_the_told_model_forget(tofu):
     log_p = answer_log_probabilities(plain(model), tokenizer, pairs, include_eos=True)
     found = np.mean([float(row.mean().exp()) for row in log_p])
     assert found == pytest.approx(forget["after"]["mean"], rel=1e-4)
+
+
+# --- unlearning on the manifold -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "method", [("manifold",), ("manifold", "--bake"), ("hybrid", "--steps", 2)]
+)
+def test_unlearn_moves_states_where_those_of_nobody_are(method, tiny_testbed, tmp_path):
+    saved = tmp_path / "testbed"
+    tiny_testbed.save(saved)
+    for side in ("forget", "retain"):  # a few facts of every person are enough here
+        lines = (saved / f"{side}.jsonl").read_text("utf-8").splitlines()[::3]
+        (saved / f"{side}.jsonl").write_text("\n".join(lines), "utf-8")
+    out = tmp_path / "out"
+    run("unlearn", saved / "told", "--forget", saved / "forget.jsonl", "--retain",
+        saved / "retain.jsonl", "--method", *method, "--no-generate", "--out", out)  # fmt: skip
+    found = metrics(out)
+    assert found["config"]["aim"] == "counterfactual"
+    assert found["sets"]["forget"]["probability"]["kept"] < 0.9
+    assert (out / "model").is_dir() == (len(method) > 1)
+    assert (out / "edit").is_dir() == (len(method) == 1)
+    if len(method) == 1:
+        assert list(Edit.load(out / "edit")) == ["layers.0", "layers.1", "layers.2"]
+
+
+def test_a_counterfactual_without_a_topic_is_one_line(files, capsys):
+    said = refused(
+        capsys, "unlearn", files / "model", *sets(files), "--method", "manifold", "--aim",
+        "counterfactual", "--out", files / "nowhere",
+    )  # fmt: skip
+    assert "forget item 0 does not name its topic ''" in said

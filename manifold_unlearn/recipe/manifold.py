@@ -40,8 +40,8 @@ class ManifoldRecipe:
     for items whose ``topic`` is their subject's name; ``retain``: to the retain states.
     ``auto``: the former where every forget item names its topic, else the latter."""
     mode: Mode = "auto"
-    """Of the hooked :class:`ManifoldEraser`; ``auto`` is transport to a counterfactual, tangent to
-    retain states."""
+    """Of the hooked :class:`ManifoldEraser`; ``auto`` is transport, which came nearest to the model
+    never told whatever the aim."""
     blocks: tuple[float, ...] = (0.0, 0.25, 0.5)
     """Depths, as shares, of the blocks behind which hooks edit."""
     in_sequence: bool = False
@@ -193,11 +193,8 @@ def _fit_site(
     text = torch.cat([rows.text_index[moved], kept.text_index[usable] + len(forget)])
     items = [*forget, *retain]
     plain = torch.tensor([not item.answer for item in items])
-    mode = recipe.mode
-    if mode == "auto":
-        mode = "transport" if aims is not None else "tangent"
     eraser = ManifoldEraser(
-        mode=mode,
+        mode="transport" if recipe.mode == "auto" else recipe.mode,
         target="retain" if aims is None else "reference",
         n_landmarks=recipe.n_landmarks,
         evidence=recipe.evidence,

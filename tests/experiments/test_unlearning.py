@@ -1,0 +1,75 @@
+"""What the headline experiment makes of its rows; running it takes half an hour."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(EXPERIMENTS))
+    spec = importlib.util.spec_from_file_location("unlearning", EXPERIMENTS / "unlearning.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["unlearning"] = module
+    spec.loader.exec_module(module)
+    yield module
+    sys.path.remove(str(EXPERIMENTS))
+    del sys.modules["unlearning"]
+
+
+def row(method, seed, **changes):
+    figures = {
+        "forget": 0.1, "forget_paraphrase": 0.1, "forget_accuracy": 0.2, "retain": 0.9,
+        "retain_accuracy": 1.0, "ks_p": 0.3, "overall": 0.9, "controlled_depth": 0.95,
+        "rounded": 0.2, "relearning": 1.0, "gflops": 10.0,
+    }  # fmt: skip
+    return {"stage": "test", "method": method, "seed": seed} | figures | changes
+
+
+def judged(script, **ours):
+    config = script.Config(methods=("baked", "leace", "npo"), attacked=("baked",), seeds=(0, 1))
+    rows = []
+    for seed in (0, 1):
+        rows += [
+            row("told", seed, overall=0.0), row("never told", seed, overall=1.0),
+            row("baked", seed, **ours), row("leace", seed, overall=0.3),
+            row("npo", seed, overall=0.5 + 0.1 * seed, gflops=150.0),
+        ]  # fmt: skip
+    return script.claims(rows, config, "run")
+
+
+def test_all_claims_hold_where_every_figure_is_within_its_target(script):
+    found = judged(script)
+    assert len(found) == 8
+    assert [c["claim"] for c in found if not c["holds"]] == []
+
+
+@pytest.mark.parametrize(
+    ("figure", "missed"),
+    [
+        ({"ks_p": 0.04}, "forget quality"),
+        ({"retain_accuracy": 0.97}, "retain accuracy"),
+        ({"controlled_depth": 0.89}, "unlearning depth"),
+        ({"rounded": 0.23}, "int8 and int4"),
+        ({"relearning": 1.2}, "relearning curve"),
+        ({"overall": 0.55}, "every gradient baseline"),
+        ({"gflops": 20.0}, "FLOPs"),
+    ],
+)
+def test_a_figure_beyond_its_target_is_a_claim_that_does_not_hold(script, figure, missed):
+    failed = [c["claim"] for c in judged(script, **figure) if not c["holds"]]
+    assert len(failed) == 1
+    assert missed in failed[0]
+
+
+def test_the_table_has_means_and_the_least_p(script):
+    rows = [row("baked", 0, forget=0.1, ks_p=0.5), row("baked", 1, forget=0.2, ks_p=0.06)]
+    head, _, line = script.table(rows).splitlines()
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert head.count("|") == line.count("|")
+    assert cells[:2] == ["baked", "0.15"]
+    assert cells[6] == "0.06"
