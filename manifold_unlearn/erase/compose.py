@@ -13,7 +13,7 @@ from torch import Tensor
 
 from manifold_unlearn import artifact
 from manifold_unlearn.arrays import as_rows, restore
-from manifold_unlearn.erase.gated import Evidence, GatedMap
+from manifold_unlearn.erase.gated import Evidence, GatedMap, require_token_evidence
 from manifold_unlearn.erase.manifold import ManifoldEraser
 from manifold_unlearn.erase.nested import save_nested
 
@@ -45,11 +45,7 @@ class ComposedMap:
         ValueError
             The evidence is a sequence's: rows alone do not say where a sequence begins.
         """
-        if self.evidence != "token":
-            raise ValueError(
-                "evidence='sequence' needs the rows of a sequence in order: use step(), as "
-                "intervene() does, or transform(X, sequence)."
-            )
+        require_token_evidence(self.evidence)
         if not self.parts:
             return h
         return self.edit(h, torch.stack([part.log_ratio(h) for part in self.parts], dim=-1))

@@ -18,6 +18,15 @@ if TYPE_CHECKING:
 Evidence: TypeAlias = Literal["token", "sequence"]
 
 
+def require_token_evidence(evidence: Evidence) -> None:
+    """Raise ``ValueError`` where rows alone do not say where a sequence begins."""
+    if evidence != "token":
+        raise ValueError(
+            "evidence='sequence' needs the rows of a sequence in order: use step(), as "
+            "intervene() does, transform(X, sequence), or fit with evidence='token'."
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class GatedMap:
     """``h -> h + g (T(h) - h)``: the move ``T`` behind the gate ``g``.
@@ -44,11 +53,7 @@ class GatedMap:
         ValueError
             The evidence is a sequence's: rows alone do not say where a sequence begins.
         """
-        if self.evidence != "token":
-            raise ValueError(
-                "evidence='sequence' needs the rows of a sequence in order: use step(), as "
-                "intervene() does, transform(X, sequence), or fit with evidence='token'."
-            )
+        require_token_evidence(self.evidence)
         return self.edit(h, self.opening(self.log_ratio(h)))
 
     def step(self, h: Tensor, start: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
