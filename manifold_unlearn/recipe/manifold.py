@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -224,17 +225,24 @@ def state_targets(
     forget: Sequence[Item],
     retain: Sequence[Item],
     recipe: ManifoldRecipe | None = None,
+    *,
+    of_all: bool = False,
 ) -> StateTargets:
     """States that the forget items shall have behind every block.
 
     Those of the same prompts about invented subjects, or those of the model under the fitted
-    :class:`ManifoldEraser`; see :attr:`ManifoldRecipe.aim`.
+    :class:`ManifoldEraser`; see :attr:`ManifoldRecipe.aim`. In the latter case tokens and texts
+    that the eraser does not move drop out, or with ``of_all`` are targets where they are.
     """
     recipe = recipe or ManifoldRecipe()
     texts = [item.captured for item in forget]
     if recipe.aim_at(forget) == "retain":
         edit = fit_manifold_edit(model, tokenizer, forget, retain, recipe)
-        return hooked_targets(model, tokenizer, texts, edit)
+        where = None
+        if of_all:
+            lengths = token_rows(model, tokenizer, texts).attention_mask.sum(1).tolist()
+            where = [np.arange(n) > 0 for n in lengths]
+        return hooked_targets(model, tokenizer, texts, edit, where=where)
     twins = counterfactual_twins(forget, retain, tokenizer, recipe.random_state)
     return counterfactual_targets(model, tokenizer, texts, [twin.captured for twin in twins])
 
@@ -300,7 +308,7 @@ def hybrid(
         Default: ``HYBRID_TRAINING``.
     """
     recipe = recipe or ManifoldRecipe()
-    targets = state_targets(model, tokenizer, forget, retain, recipe)
+    targets = state_targets(model, tokenizer, forget, retain, recipe, of_all=True)
     start = model
     if recipe.start == "baked":
         start = _bake(model, tokenizer, targets, retain, recipe).model

@@ -88,6 +88,27 @@ def test_a_few_gradient_steps_lead_on_and_leave_the_given_model_alone(tiny_testb
     assert known(plain(after), bed, bed.world.retain)[0] >= 0.97
 
 
+def test_without_names_the_steps_go_to_retain_states_also_of_texts_left_alone(
+    tiny_testbed, sets, monkeypatch
+):
+    from manifold_unlearn.erase.manifold import ManifoldEraser
+
+    bed = tiny_testbed
+    forget, retain = [replace(item, topic="") for item in sets[0][:18]], sets[1][::3]
+
+    def shut(self, h, start, present):
+        edited, evidence = moved(self, h, start, present)
+        edited[: len(h) // 2] = h[: len(h) // 2]  # the gate opens on half of the texts
+        return edited, evidence
+
+    moved = ManifoldEraser.step
+    monkeypatch.setattr(ManifoldEraser, "step", shut)
+    monkeypatch.setattr(ManifoldEraser, "to", lambda self, device, dtype: self)
+    short = TrainConfig(lr=1e-3, steps=2, batch_size=8)
+    after = hybrid(bed.told, bed.tokenizer, forget, retain, training=short)
+    assert not same_state(bed.told, state(after))
+
+
 def test_hooks_forget_what_they_were_shown_and_touch_nothing_else(tiny_testbed, sets, tmp_path):
     bed = tiny_testbed
     edit = fit_manifold_edit(
