@@ -73,8 +73,11 @@ class Config:
     """Preset whose settings are taken instead of tuning anew."""
 
 
+FEW = "baked, few texts"
+
 PRESETS = {
     "quick": Config(),
+    "few": Config(methods=(FEW,), attacked=(FEW,)),
     "small": Config(
         size="small",
         seeds=(0,),
@@ -96,6 +99,10 @@ BLOCKS: tuple[Settings, ...] = (
 )  # fmt: skip
 SETTINGS: dict[str, tuple[Settings, ...]] = {
     "baked": ({"ridge": 0.3}, {"ridge": 1.0}, {"ridge": 3.0}, {"ridge": 3.0, "n_passes": 2}),
+    FEW: (
+        {"ridge": 1.0, "share": 4}, {"ridge": 3.0, "share": 4}, {"ridge": 1.0, "share": 8},
+        {"ridge": 3.0, "share": 8},
+    ),
     "hybrid": (
         {"steps": 60}, {"steps": 60, "beta": 0.0}, {"steps": 20, "start": "baked"},
         {"steps": 20, "start": "baked", "beta": 0.0},
@@ -135,12 +142,22 @@ def told_sets(bed: Testbed, config: Config) -> tuple[list[Item], list[Item]]:
     return sides["forget"], [*sides["retain"], *filler]
 
 
+def few(items: Sequence[Item], share: int) -> list[Item]:
+    """One in so many, over all people, facts and wordings alike."""
+    return [item for i, item in enumerate(items) if (7 * i + i // 10) % share == 0]
+
+
 def unlearned(bed: Testbed, method: str, settings: Settings, config: Config) -> Any:
     """Opens to the model that a method makes of the told one."""
     forget, retain = told_sets(bed, config)
     given = (bed.told, bed.tokenizer, forget, retain)
     if method == "baked":
         return plain(bake_manifold(*given, ManifoldRecipe(**settings)).model)
+    if method == FEW:
+        how = {name: v for name, v in settings.items() if name != "share"}
+        once = [item for i, item in enumerate(forget) if i % len(bed.world.facts[0].prompts) == 0]
+        given = (bed.told, bed.tokenizer, once, few(retain, settings["share"]))
+        return plain(bake_manifold(*given, ManifoldRecipe(**how)).model)
     if method == "hybrid":
         how = {name: v for name, v in settings.items() if name != "steps"}
         training = replace(HYBRID_TRAINING, steps=settings["steps"])
@@ -343,7 +360,7 @@ def mean(rows: Sequence[dict[str, Any]], method: str, key: str) -> float | None:
 def claims(rows: list[dict[str, Any]], config: Config, command: str) -> list[dict[str, Any]]:
     """The targets of the method, each as it came out."""
     tests = [r for r in rows if r["stage"] == "test"]
-    ours = [m for m in ("baked", "hybrid", "hooked") if m in config.methods]
+    ours = [m for m in ("baked", FEW, "hybrid", "hooked") if m in config.methods]
     linear = [m for m in ("subspace", "leace", "mean difference") if m in config.methods]
     others = [m for m in config.methods if m not in (*ours, *linear, "random targets")]
     made = []
@@ -386,7 +403,7 @@ def claims(rows: list[dict[str, Any]], config: Config, command: str) -> list[dic
     passing = [m for m in others if (mean(rows, m, "ks_p") or 0) > 0.05 and m in best]
     rival = max(passing or others, key=lambda m: best.get(m, 0.0), default=None)
     if rival:
-        for method, times in (("baked", 10), ("hybrid", 4)):
+        for method, times in (("baked", 10), (FEW, 10), ("hybrid", 4)):
             if method in config.methods:
                 saved = (mean(rows, rival, "gflops") or 0) / (mean(rows, method, "gflops") or 1)
                 claim(f"{method}: FLOPs fewer than the best gradient baseline ({rival})", saved,

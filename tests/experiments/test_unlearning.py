@@ -1,6 +1,7 @@
 """What the headline experiment makes of its rows; running it takes half an hour."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -64,6 +65,14 @@ def test_a_figure_beyond_its_target_is_a_claim_that_does_not_hold(script, figure
     failed = [c["claim"] for c in judged(script, **figure) if not c["holds"]]
     assert len(failed) == 1
     assert missed in failed[0]
+
+
+@pytest.mark.parametrize("preset", ["quick", "few"])
+def test_the_tables_of_the_page_are_those_of_the_results(script, preset):
+    result = EXPERIMENTS / "results" / "unlearning" / f"{preset}.json"
+    rows = json.loads(result.read_text("utf-8"))["rows"]
+    page = (EXPERIMENTS.parent / "docs" / "unlearning" / "claim.md").read_text("utf-8")
+    assert f"<!-- {preset} -->\n{script.table(rows)}\n<!-- end of {preset} -->" in page
 
 
 def test_the_table_has_means_and_the_least_p(script):
