@@ -107,13 +107,12 @@ class Ablated:
 
     def own(self, forget: Sequence[Item], wanted: StateTargets) -> StateTargets:
         """The states that the told model has where the targets are."""
-        lengths = wanted.attention_mask.sum(1).tolist()
         return own_targets(
             self.bed.told,
             self.bed.tokenizer,
             [item.captured for item in forget],
             layers=list(wanted.states),
-            where=[row[:n].numpy() for row, n in zip(wanted.where, lengths, strict=True)],
+            where=wanted.masks,
         )
 
     def hooks(

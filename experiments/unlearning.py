@@ -180,9 +180,7 @@ def randomly_moved(
 ) -> Any:
     """Control: the same states moved as far, each in a direction drawn at random, then baked."""
     aims = state_targets(model, tokenizer, forget, retain, recipe)
-    lengths = aims.attention_mask.sum(1).tolist()
-    where = [row[:n].numpy() for row, n in zip(aims.where, lengths, strict=True)]
-    own = own_targets(model, tokenizer, [item.captured for item in forget], where=where)
+    own = own_targets(model, tokenizer, [item.captured for item in forget], where=aims.masks)
     draw = torch.Generator().manual_seed(0)
     states = {}
     for layer, now in own.states.items():

@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--steps", type=int, help="default: 10 epochs over the forget set; hybrid 60"
     )
-    group.add_argument("--batch-size", type=int, help="default 16")
+    group.add_argument("--batch-size", type=int, help="default 16, of the hybrid 32")
     group.add_argument("--random-state", type=int)
     unlearn.add_argument("--neutral", type=Path, help="JSONL of texts for perplexity")
     unlearn.set_defaults(run=_unlearn)

@@ -39,6 +39,12 @@ class TokenRows:
         """Tokens of all texts, without padding: the cost of one forward pass."""
         return int(self.attention_mask.sum())
 
+    @property
+    def masks(self) -> list[np.ndarray]:
+        """The tokens that count, text by text without padding, as ``capture`` takes them."""
+        lengths = self.attention_mask.sum(1).tolist()
+        return [row[:n].cpu().numpy() for row, n in zip(self.where, lengths, strict=True)]
+
     def take(self, index: Tensor | Sequence[int]) -> TokenRows:
         """Return the texts of these indices, in this order, cut to the longest of them."""
         return TokenRows(*_cut(self, torch.as_tensor(index, dtype=torch.int64)))

@@ -137,20 +137,21 @@ def fit_manifold_edit(
     """
     recipe = recipe or ManifoldRecipe()
     texts = [item.captured for item in forget]
-    twins = None
+    layers = {site: int(site.rpartition(".")[2]) for site in recipe.sites(model)}
+    wanted = None
     if recipe.aim_at(forget) == "counterfactual":
         twins = counterfactual_twins(forget, retain, tokenizer, recipe.random_state)
+        others = [twin.captured for twin in twins]
+        wanted = counterfactual_targets(
+            model, tokenizer, texts, others, layers=list(layers.values())
+        )
     maps: dict[str, Any] = {}
-    for site in recipe.sites(model):
+    for site, layer in layers.items():
         before = maps if recipe.in_sequence else {}
-        if twins is None:
+        if wanted is None:
             rows, aims = _captured(model, tokenizer, texts, site, before), None
         else:
-            layer = int(site.rpartition(".")[2])
-            wanted = counterfactual_targets(
-                model, tokenizer, texts, [twin.captured for twin in twins], layers=[layer]
-            )
-            rows = _captured(model, tokenizer, texts, site, before, _masks(wanted))
+            rows = _captured(model, tokenizer, texts, site, before, wanted.masks)
             aims = wanted.states[layer]
         kept = _captured(model, tokenizer, [item.captured for item in retain], site, before)
         maps[site] = _fit_site(rows, kept, aims, forget, retain, site, recipe)
@@ -168,11 +169,6 @@ def _captured(
     """Rows at a site of the model under the maps fitted so far."""
     with intervene(model, maps) if maps else nullcontext():
         return capture(model, tokenizer, texts, site, tokens=tokens)
-
-
-def _masks(targets: StateTargets) -> list[Any]:
-    lengths = targets.attention_mask.sum(1).tolist()
-    return [row[:n].numpy() for row, n in zip(targets.where, lengths, strict=True)]
 
 
 def _fit_site(

@@ -62,9 +62,7 @@ def test_random_targets_of_equal_length_do_not_make_it_forget_so(tiny_testbed, s
     bed = tiny_testbed
     aims = state_targets(bed.told, bed.tokenizer, *sets)
     texts = [item.captured for item in sets[0]]
-    lengths = aims.attention_mask.sum(1).tolist()
-    where = [row[:n].numpy() for row, n in zip(aims.where, lengths, strict=True)]
-    own = own_targets(bed.told, bed.tokenizer, texts, where=where)
+    own = own_targets(bed.told, bed.tokenizer, texts, where=aims.masks)
     draw = torch.Generator().manual_seed(0)
     states = {}
     for layer, now in own.states.items():
