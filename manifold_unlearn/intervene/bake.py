@@ -19,7 +19,7 @@ from manifold_unlearn.arrays import require_finite
 from manifold_unlearn.intervene.hooked_bake import LeastSquares
 from manifold_unlearn.intervene.hooks import STREAM, expand_stream, is_intervened
 from manifold_unlearn.intervene.linear import SiteLinear, linear_at
-from manifold_unlearn.intervene.maps import AffineSiteMap, SiteMap, affine_parts
+from manifold_unlearn.intervene.maps import AffineSiteMap, SiteMap, affine_parts, is_affine
 
 
 def is_bakeable(model: nn.Module, site: str, site_map: AffineSiteMap | None = None) -> bool:
@@ -95,7 +95,7 @@ def bake(
     if is_intervened(model):
         raise RuntimeError("the model is being intervened on; leave the with block, then bake.")
     if least_squares is not None and not all(
-        _is_affine(m) and is_bakeable(model, name) for name, m in site_maps.items()
+        is_affine(m) and is_bakeable(model, name) for name, m in site_maps.items()
     ):
         return least_squares.bake(model, site_maps).model
     for name in site_maps:
@@ -118,11 +118,6 @@ def bake(
     for path, weight in edited.named_parameters():
         require_finite(weight.detach(), f"the baked weight {path}")
     return edited
-
-
-def _is_affine(site_map: object) -> bool:
-    """By its attributes: one whose matrix cannot be told has none."""
-    return hasattr(site_map, "matrix_") and hasattr(site_map, "bias_")
 
 
 def _not_bakeable(model: nn.Module, name: str) -> str:

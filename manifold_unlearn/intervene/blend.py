@@ -23,6 +23,7 @@ from manifold_unlearn.intervene.targets import (
     TokenRows,
     aligned,
     chosen_layers,
+    mask_of,
     padded,
     without_idle,
 )
@@ -72,9 +73,9 @@ def blended_targets(
         max((aligned(own.ids, slot[i].ids) for slot in slots), key=lambda pair: len(pair[0]))
         for i, own in enumerate(encodings)
     ]
-    masks = [_mask(len(own), pair[0]) for own, pair in zip(encodings, pairs, strict=True)]
+    masks = [mask_of(len(own), pair[0]) for own, pair in zip(encodings, pairs, strict=True)]
     kept = without_idle(masks, "the counterfactual is the text itself")
-    sources = [_mask(len(slots[0][i]), pairs[i][1]) for i in kept]
+    sources = [mask_of(len(slots[0][i]), pairs[i][1]) for i in kept]
     blend = _Blend(model, [padded([slot[i] for i in kept], sources) for slot in slots])
     rows = padded([encodings[i] for i in kept], [masks[i] for i in kept])
     return StateTargets(rows.input_ids, rows.attention_mask, rows.where, blend.states(chosen))
@@ -135,8 +136,7 @@ class _Blend:
 
     def states(self, layers: Sequence[int]) -> dict[int, Tensor]:
         """Behind each block the states at the tokens that count, in their order."""
-        where = self.rows[0].where
-        rank = where.flatten().cumsum(0).reshape(where.shape) - 1
+        rank, n_rows = self.rows[0].rank, int(self.rows[0].where.sum())
         found: dict[int, Tensor] = {}
         with torch.no_grad(), evaluating(self.model):
             stream = self.stream()
@@ -146,7 +146,7 @@ class _Blend:
                     continue
                 for part in stream:
                     read = part.hidden[part.where].cpu()
-                    rows = found.setdefault(layer, read.new_empty(int(where.sum()), read.shape[1]))
+                    rows = found.setdefault(layer, read.new_empty(n_rows, read.shape[1]))
                     mask = part.where.cpu()
                     rows[rank[part.index, : mask.shape[1]][mask]] = read
         return found
@@ -190,9 +190,3 @@ def _alike(
         for k, slot in enumerate(slots):
             slot.append(fitting[k % len(fitting)])
     return slots
-
-
-def _mask(length: int, positions: Tensor) -> Tensor:
-    mask = torch.zeros(length, dtype=torch.bool)
-    mask[positions] = True
-    return mask

@@ -60,7 +60,7 @@ class LayerEdit:
         self.solver = solver
         self.device = next(model.parameters()).device
         self.solved_on = torch.device("cpu") if self.device.type == "mps" else self.device
-        self.rank = targets.where.flatten().cumsum(0).reshape(targets.where.shape) - 1
+        self.rank = targets.rank
         n_rows = int(targets.where.sum())
         self.weights = (torch.ones(n_rows) if weights is None else weights).to(torch.float64)
         self.retain_moved = 0.0

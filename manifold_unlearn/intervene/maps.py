@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeGuard, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -161,6 +161,11 @@ def is_sequential(site_map: object) -> bool:
     )
 
 
+def is_affine(site_map: object) -> TypeGuard[AffineSiteMap]:
+    """Whether a map has a matrix and a bias; one whose matrix cannot be told has none."""
+    return hasattr(site_map, "matrix_") and hasattr(site_map, "bias_")
+
+
 def affine_parts(site_map: AnyMap, name: str) -> tuple[Tensor, Tensor]:
     """Matrix and bias of an affine map in float64 on the CPU.
 
@@ -169,7 +174,7 @@ def affine_parts(site_map: AnyMap, name: str) -> tuple[Tensor, Tensor]:
     ValueError
         The map is not affine, its parts do not fit together, or they are not finite.
     """
-    if not (hasattr(site_map, "matrix_") and hasattr(site_map, "bias_")):
+    if not is_affine(site_map):
         raise ValueError(
             f"the map at {name!r} is a {type(site_map).__name__} without matrix_ and bias_: only "
             "an affine map bakes exactly. Fit it first, or keep it as a hook with intervene()."

@@ -40,6 +40,11 @@ class TokenRows:
         return int(self.attention_mask.sum())
 
     @property
+    def rank(self) -> Tensor:
+        """int64 (n, T): at every token that counts, its number among all of them."""
+        return self.where.flatten().cumsum(0).reshape(self.where.shape) - 1
+
+    @property
     def masks(self) -> list[np.ndarray]:
         """The tokens that count, text by text without padding, as ``capture`` takes them."""
         lengths = self.attention_mask.sum(1).tolist()
@@ -220,9 +225,9 @@ def counterfactual_targets(
     encodings = _encode(model, tokenizer, texts)
     others = _encode(model, tokenizer, counterfactuals)
     pairs = [aligned(a.ids, b.ids) for a, b in zip(encodings, others, strict=True)]
-    masks = [_mask(len(row), pair[0]) for row, pair in zip(encodings, pairs, strict=True)]
+    masks = [mask_of(len(row), pair[0]) for row, pair in zip(encodings, pairs, strict=True)]
     kept = without_idle(masks, "the counterfactual is the text itself")
-    sources = [_mask(len(others[i]), pairs[i][1]) for i in kept]
+    sources = [mask_of(len(others[i]), pairs[i][1]) for i in kept]
     states = _states(model, tokenizer, [counterfactuals[i] for i in kept], chosen, sources)
     return StateTargets(*_parts(padded([encodings[i] for i in kept], masks, kept)), states)
 
@@ -285,7 +290,8 @@ def _states(
     return {layer: read[site] for layer, site in zip(layers, sites, strict=True)}
 
 
-def _mask(length: int, positions: Tensor) -> Tensor:
+def mask_of(length: int, positions: Tensor) -> Tensor:
+    """Boolean mask (length,) of some positions."""
     mask = torch.zeros(length, dtype=torch.bool)
     mask[positions] = True
     return mask

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from manifold_unlearn import artifact
 from manifold_unlearn.arrays import working_dtype
-from manifold_unlearn.steer.paths import ManifoldPath
+from manifold_unlearn.steer.paths import How, ManifoldPath
 
-Way: TypeAlias = Literal["replace", "add", "coordinates", "onward"]
+Way: TypeAlias = How | Literal["onward"]
+WAYS = (*get_args(How), "onward")
 _PARTS = ("points", "times", "mean", "basis")
 
 
@@ -58,8 +59,8 @@ class PathSteering:
             raise ValueError(
                 f"strength={self.strength} must be in [0, 1]: a path has nothing behind its ends."
             )
-        if self.how not in get_args(Way):
-            raise ValueError(f"how={self.how!r} is not one of {', '.join(get_args(Way))}.")
+        if self.how not in WAYS:
+            raise ValueError(f"how={self.how!r} is not one of {', '.join(WAYS)}.")
 
     @property
     def n_features_in_(self) -> int:
@@ -70,16 +71,10 @@ class PathSteering:
         """Steered rows ``(..., d)``, in the dtype and on the device of ``h``."""
         kind = working_dtype(h.dtype)
         path, x = self.path.to(h.device), h.to(kind)
-        aim = path.at(self.strength).to(kind)
-        mean, basis = path.mean.to(kind), path.basis.to(kind)
-        if self.how == "add":
-            moved = x + (aim - path.points[0].to(kind))
-        elif self.how == "coordinates":
-            moved = x + ((aim - x) @ basis) @ basis.mT
-        elif self.how == "onward":
-            moved = x + self._onward(path, (x - mean) @ basis)
+        if self.how == "onward":
+            moved = x + self._onward(path, (x - path.mean.to(kind)) @ path.basis.to(kind))
         else:
-            moved = aim.expand_as(x)
+            moved = path.lead(x, path.at(self.strength), self.how)
         return moved.to(h.dtype)
 
     def _onward(self, path: ManifoldPath, coordinates: Tensor) -> Tensor:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from manifold_unlearn.activations.prefill import branch
 from manifold_unlearn.arrays import working_dtype
-from manifold_unlearn.steer.paths import ManifoldPath
-
-How: TypeAlias = Literal["replace", "add", "coordinates"]
-HOWS = ("replace", "add", "coordinates")
+from manifold_unlearn.steer.paths import How, ManifoldPath
 
 
 class WaypointEdit:
@@ -26,20 +23,12 @@ class WaypointEdit:
     ----------
     path : ManifoldPath
     how : {"replace", "add", "coordinates"}
-        Of a row ``h`` at waypoint ``t``: ``point_t``; ``h + point_t - point_0``; or
-        ``h + basis (c_t - basis' (h - mean))`` with ``c_t = basis' (point_t - mean)``.
+        See :meth:`ManifoldPath.lead`.
     """
 
     def __init__(self, path: ManifoldPath, how: How):
         self.n_features_in_ = path.points.shape[1]
-        self.how = how
-        self.mean, self.basis = path.mean, path.basis
-        aims = {
-            "replace": path.points,
-            "add": path.points - path.points[0],
-            "coordinates": path.coordinates,
-        }
-        self.aims = aims[how]
+        self.path, self.how = path, how
         self.waypoint: Tensor | None = None
         self.where: Tensor | None = None
 
@@ -63,25 +52,11 @@ class WaypointEdit:
                 f"the site carries rows {tuple(h.shape)}; a path needs (batch, length, d) with "
                 f"(batch, length) = {tuple(self.where.shape)}. Choose a site of the decoder."
             )
-        kind = working_dtype(h.dtype)
-        x = h.to(kind)
-        aim = self._near("aims", h)[self.waypoint.to(h.device)][:, None].to(kind)
-        if self.how == "add":
-            x = x + aim
-        elif self.how == "coordinates":
-            basis, mean = self._near("basis", h).to(kind), self._near("mean", h).to(kind)
-            x = x + (aim - (x - mean) @ basis) @ basis.mT
-        else:
-            x = aim
-        return torch.where(self.where.to(h.device)[..., None], x.to(h.dtype), h)
-
-    def _near(self, name: str, h: Tensor) -> Tensor:
-        """One of the tensors, moved for good to where the rows are."""
-        value: Tensor = getattr(self, name)
-        if value.device != h.device:
-            value = value.to(h.device)
-            setattr(self, name, value)
-        return value
+        if self.path.points.device != h.device:
+            self.path = self.path.to(h.device)
+        aim = self.path.points[self.waypoint.to(h.device)][:, None]
+        led = self.path.lead(h.to(working_dtype(h.dtype)), aim, self.how)
+        return torch.where(self.where.to(h.device)[..., None], led.to(h.dtype), h)
 
 
 @dataclass(frozen=True)

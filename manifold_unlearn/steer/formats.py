@@ -32,6 +32,7 @@ from torch import Tensor
 from manifold_unlearn import artifact
 from manifold_unlearn.arrays import require_finite
 from manifold_unlearn.intervene.edit import Edit
+from manifold_unlearn.intervene.maps import is_affine
 from manifold_unlearn.steer.vectors import SteeringVector
 
 _ARCHITECTURE = "controlvector"
@@ -294,7 +295,7 @@ def _layer(site: str, template: str) -> int | None:
 
 def _shift(site_map: Any, site: str) -> Tensor:
     """What a map adds, ``(d,)`` float32 on the CPU, verified that it does nothing else."""
-    if not (hasattr(site_map, "matrix_") and hasattr(site_map, "bias_")):
+    if not is_affine(site_map):
         raise ValueError(
             f"the map at {site!r} is a {type(site_map).__name__} without matrix_ and bias_: the "
             "format knows vectors that are added to every row alike."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from manifold_unlearn import artifact
 from manifold_unlearn.arrays import Array, as_rows, require_finite
 from manifold_unlearn.manifold.straighten import resampled
+
+How: TypeAlias = Literal["replace", "add", "coordinates"]
 
 _ORTHONORMAL = 1e-3  # most that basis.T @ basis may differ from the identity
 _RANK = 1e-7  # singular value over the largest under which a direction is none
@@ -143,6 +145,31 @@ class ManifoldPath:
         """The straight line between the ends, with as many waypoints and the same subspace."""
         kept = Subspace(self.mean, self.basis)
         return chord(self.points[0], self.points[-1], self.n_waypoints, subspace=kept)
+
+    def lead(self, h: Tensor, aim: Tensor, how: How) -> Tensor:
+        """Rows led to points of the path.
+
+        Parameters
+        ----------
+        h : Tensor of shape (..., d)
+            On the path's device.
+        aim : Tensor of shape (d,) or (..., d)
+            Points of the path, one for all rows or one each.
+        how : {"replace", "add", "coordinates"}
+            The point itself; ``h + aim - points[0]``; or ``h`` with the coordinates of ``aim``,
+            ``h + basis basis' (aim - h)``.
+
+        Returns
+        -------
+        Tensor of shape (..., d), the dtype of ``h``
+        """
+        aim = aim.to(h.dtype)
+        if how == "replace":
+            return aim.expand_as(h)
+        if how == "add":
+            return h + (aim - self.points[0].to(h.dtype))
+        basis = self.basis.to(h.dtype)
+        return h + ((aim - h) @ basis) @ basis.mT
 
     def to(self, device: str | torch.device) -> ManifoldPath:
         """The path on another device."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,9 +20,9 @@ from manifold_unlearn.steer.answer_tokens import (
     score_answers,
     tokenize_answers,
 )
-from manifold_unlearn.steer.continuation import HOWS, How, Rows, WaypointEdit, greedy
+from manifold_unlearn.steer.continuation import Rows, WaypointEdit, greedy
 from manifold_unlearn.steer.passes import BatchSize, Walk
-from manifold_unlearn.steer.paths import ManifoldPath
+from manifold_unlearn.steer.paths import How, ManifoldPath
 from manifold_unlearn.steer.traversal import Traversal
 
 
@@ -110,8 +110,8 @@ def traverse(
     >>> traversal.distributions[:, 0]  # (n_waypoints, 3): the third is anything else
     """  # fmt: skip
     paths = _paths(path, site)
-    if how not in HOWS:
-        raise ValueError(f"how={how!r} is not one of {', '.join(map(repr, HOWS))}.")
+    if how not in get_args(How):
+        raise ValueError(f"how={how!r} is not one of {', '.join(map(repr, get_args(How)))}.")
     if min(top, max_new_tokens) < 0:
         raise ValueError(f"top={top} and max_new_tokens={max_new_tokens} must not be negative.")
     if batch_size != "auto" and batch_size < 1:
