@@ -3,6 +3,7 @@
 from manifold_unlearn.steer.affine import AffineSteering, LowRankSteering
 from manifold_unlearn.steer.along import PathSteering
 from manifold_unlearn.steer.behavior import BehaviorCurve, BehaviorManifold
+from manifold_unlearn.steer.between import path_between
 from manifold_unlearn.steer.conditional import ConditionalVector
 from manifold_unlearn.steer.contrast import fit_vectors
 from manifold_unlearn.steer.distribution_distances import (
@@ -62,6 +63,7 @@ __all__ = [
     "geodesic_path",
     "geodesic_ratio",
     "hellinger",
+    "path_between",
     "path_energy",
     "principal_subspace",
     "read_control_vector",
