@@ -1,0 +1,19 @@
+"""Sparse dictionaries: autoencoders, transcoders, crosscoders, cross-layer transcoders."""
+
+from manifold_unlearn.dictionary.autoencoder import SparseAutoencoder
+from manifold_unlearn.dictionary.coder import SparseCoder
+from manifold_unlearn.dictionary.codes import SparseCode
+from manifold_unlearn.dictionary.cross_layer import CrossLayerTranscoder
+from manifold_unlearn.dictionary.crosscoder import Crosscoder
+from manifold_unlearn.dictionary.nonlinearity import make_nonlinearity
+from manifold_unlearn.dictionary.transcoder import Transcoder
+
+__all__ = [
+    "CrossLayerTranscoder",
+    "Crosscoder",
+    "SparseAutoencoder",
+    "SparseCode",
+    "SparseCoder",
+    "Transcoder",
+    "make_nonlinearity",
+]
