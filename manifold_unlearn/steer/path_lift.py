@@ -69,9 +69,10 @@ def lifted_curve(
     """Curve through centroids that follows the rows between them.
 
     A spline through the centroids' diffusion coordinates gives each row its place, the parameter
-    of the nearest point on it; the rows are regressed on their places (one step of a principal
-    curve: Hastie and Stuetzle 1989), and the spline of what the regression misses at the
-    centroids is added: classes that are spread out have means that lie off the data.
+    of the nearest point on it; what the rows are off the spline through the centroids themselves
+    is regressed on their places (one step of a principal curve: Hastie and Stuetzle 1989), so that
+    between classes without a row the curve is that spline; and the spline of what the regression
+    misses at the centroids is added: classes that are spread out have means that lie off the data.
 
     Parameters
     ----------
@@ -91,11 +92,13 @@ def lifted_curve(
     steps = torch.arange(_KNOTS).to(at) / _KNOTS
     widths = inner.knots[1:] - inner.knots[:-1]
     knots = (inner.knots[:-1, None] + steps * widths[:, None]).reshape(-1)
+    straight = cubic_curve(at, centroids[order], period=period, smoothing=smoothing)
     if period is None:
         knots = torch.cat([knots, inner.knots[-1:]])
-        inner = inner.prolonged(_MARGIN)
+        inner, straight = inner.prolonged(_MARGIN), straight.prolonged(_MARGIN)
     places = inner.nearest(embedding)[0]
-    lifted = regressed(_phases(places, period), rows, _phases(knots, period))
+    off = rows - straight(places)
+    lifted = straight(knots) + regressed(_phases(places, period), off, _phases(knots, period))
     missed = centroids[order] - lifted[::_KNOTS]
     repaired = cubic_curve(at, missed, period=period, smoothing=smoothing)
     return cubic_curve(knots, lifted + repaired(knots), period=period)
