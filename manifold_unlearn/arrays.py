@@ -148,6 +148,15 @@ def forget_mask(y: Any, n_samples: int) -> Tensor:
     return forget
 
 
+class LabeledMixin:
+    """Estimator whose ``fit`` needs labels ``y``; before ``BaseEstimator`` among the bases."""
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()  # type: ignore[misc]
+        tags.target_tags.required = True
+        return tags
+
+
 def row_weights(sample_weight: Any, X: Tensor, forget: Tensor) -> Tensor:
     """Checked weights ``(n_samples,)`` in float64 on the device of ``X``; ones for None.
 

@@ -15,7 +15,13 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from manifold_unlearn import artifact
-from manifold_unlearn.arrays import forget_mask, restore, validate, working_dtype
+from manifold_unlearn.arrays import (
+    LabeledMixin,
+    forget_mask,
+    restore,
+    validate,
+    working_dtype,
+)
 from manifold_unlearn.erase.densities import KernelRatio, LinearRatio, tensors_of
 from manifold_unlearn.erase.evidence import (
     Padded,
@@ -72,7 +78,7 @@ class FrozenGate:
         return FrozenGate(self.ratio.to(device, dtype), self.threshold, self.sequential)
 
 
-class ForgetGate(BaseEstimator):
+class ForgetGate(LabeledMixin, BaseEstimator):
     """Posterior of forget against retain, exactly 0 where the evidence does not suffice.
 
     The evidence of a row is the log ratio of the forget to the retain density, or its one-sided
@@ -370,11 +376,6 @@ class ForgetGate(BaseEstimator):
             )
         if not 0 <= self.min_auc <= 1:
             raise ValueError(f"min_auc={self.min_auc!r} must lie in [0, 1].")
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.target_tags.required = True
-        return tags
 
 
 def _labels(labels: Any, name: str, rows: Tensor) -> Tensor:

@@ -14,7 +14,13 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from manifold_unlearn import artifact
-from manifold_unlearn.arrays import as_rows, forget_mask, restore, validate
+from manifold_unlearn.arrays import (
+    LabeledMixin,
+    as_rows,
+    forget_mask,
+    restore,
+    validate,
+)
 from manifold_unlearn.erase.aim import Aim, TargetKind, semantic_choice
 from manifold_unlearn.erase.gate import ForgetGate
 from manifold_unlearn.erase.gated import Evidence, GatedMap, UngatedMap
@@ -32,7 +38,7 @@ Mode: TypeAlias = Literal["tangent", "geodesic", "diffusion", "transport", "auto
 _CHECKABLE = 40  # distinct rows from which check_manifold tells a manifold from chance
 
 
-class ManifoldEraser(TransformerMixin, BaseEstimator):
+class ManifoldEraser(LabeledMixin, TransformerMixin, BaseEstimator):
     """Moves forget rows onto the retain manifold, behind a gate that leaves all other rows alone.
 
     ``h -> h + g(h) (T(h) - h)``: the gate ``g`` (:class:`ForgetGate`) is the posterior of forget
@@ -399,11 +405,6 @@ class ManifoldEraser(TransformerMixin, BaseEstimator):
         gate = ForgetGate.load(Path(directory) / "gate")
         eraser._keep(gate, move, like.numpy() if config["numpy"] else like)
         return eraser
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.target_tags.required = True
-        return tags
 
 
 _TENSORS = ("center", "landmarks", "squared_norms", "targets")

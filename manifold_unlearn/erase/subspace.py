@@ -12,7 +12,14 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from manifold_unlearn import artifact
-from manifold_unlearn.arrays import as_rows, forget_mask, restore, row_weights, validate
+from manifold_unlearn.arrays import (
+    LabeledMixin,
+    as_rows,
+    forget_mask,
+    restore,
+    row_weights,
+    validate,
+)
 from manifold_unlearn.erase.moments import Moments, oas_shrinkage, shrink
 from manifold_unlearn.intervene.maps import AffineMap
 
@@ -22,7 +29,7 @@ FIXED_TOLERANCE = 1e-2
 Method = Literal["mean_difference", "pca", "contrastive", "leace"]
 
 
-class SubspaceEraser(TransformerMixin, BaseEstimator):
+class SubspaceEraser(LabeledMixin, TransformerMixin, BaseEstimator):
     """Projection that makes chosen directions read the same of every row.
 
     With reading directions ``A``, retain mean ``mu`` and retain covariance ``S`` the map is
@@ -308,8 +315,3 @@ class SubspaceEraser(TransformerMixin, BaseEstimator):
         eraser.contrast_ = restore(tensors["contrast"], kind)
         eraser.n_features_in_ = tensors["read"].shape[0]
         return eraser
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.target_tags.required = True
-        return tags

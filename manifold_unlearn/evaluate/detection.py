@@ -170,10 +170,11 @@ def _along(direction: Any, rows: Tensor) -> Tensor:
 
 
 def _pooled(scores: np.ndarray, index: np.ndarray, n_texts: int, pool: Pool) -> np.ndarray:
-    if index.shape != scores.shape or index.min() < 0 or index.max() >= n_texts:
+    whole = index.dtype.kind in "iu"
+    if not whole or index.shape != scores.shape or index.min() < 0 or index.max() >= n_texts:
         raise ValueError(
-            f"text_index has shape {index.shape} and values {index.min()} .. {index.max()}; "
-            f"expected {scores.shape} and 0 .. {n_texts - 1}."
+            f"text_index has shape {index.shape}, dtype {index.dtype} and values {index.min()} .. "
+            f"{index.max()}; expected integers of shape {scores.shape}, 0 .. {n_texts - 1}."
         )
     counts = np.bincount(index, minlength=n_texts)
     if not counts.all():

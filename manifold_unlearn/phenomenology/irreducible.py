@@ -137,8 +137,8 @@ def separability_index(
         Of a side of the histogram. Too many leave cells empty: at least ``n_bins ** 2`` rows are
         wise. A feature that is a curve has more information the more bins.
     reach : float, default=3.0
-        The histogram ends at this multiple of the root mean square of a coordinate; what lies
-        beyond counts in the outermost bins.
+        The histogram ends at this multiple of the root mean square of both coordinates together;
+        what lies beyond counts in the outermost bins.
     n_resamples, n_controls : int
         Bootstrap resamples of the interval; Gaussian draws of the floor.
     device : str or torch.device, default="auto"

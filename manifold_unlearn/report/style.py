@@ -186,8 +186,11 @@ def frame(ax: Axes, sides: Sequence[np.ndarray]) -> None:
 
 
 def plain(values: Any) -> np.ndarray:
-    """Numpy array of an array or a tensor on any device."""
-    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+    """Numpy array of an array or of a tensor; bfloat16, which numpy lacks, as float32."""
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = values.float() if str(values.dtype) == "torch.bfloat16" else values
+    return np.asarray(values)
 
 
 def finite(values: Any, name: str) -> np.ndarray:

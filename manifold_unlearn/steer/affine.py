@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from numbers import Integral
 from typing import Any, Literal, NamedTuple, get_args
@@ -13,9 +12,17 @@ from sklearn.covariance import oas
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from manifold_unlearn.arrays import forget_mask, keep_kind, require_finite, restore, validate
+from manifold_unlearn.arrays import (
+    LabeledMixin,
+    forget_mask,
+    keep_kind,
+    require_finite,
+    restore,
+    validate,
+)
 from manifold_unlearn.artifact import SavedMixin
 from manifold_unlearn.intervene.maps import AffineMap, DenseAffineMap
+from manifold_unlearn.steer.strengths import checked_strength
 
 Method = Literal["mean_shift", "optimal_transport", "least_squares"]
 Targets = Literal["pairs", "transport"]
@@ -25,7 +32,7 @@ SINGULAR = 1e-12
 """Smallest over largest eigenvalue below which a covariance counts as singular."""
 
 
-class _Steering(SavedMixin, TransformerMixin, BaseEstimator, ABC):
+class _Steering(LabeledMixin, SavedMixin, TransformerMixin, BaseEstimator, ABC):
     """What affine steering maps share that are fitted; ``map_`` is their own."""
 
     shrinkage: Shrinkage
@@ -68,17 +75,8 @@ class _Steering(SavedMixin, TransformerMixin, BaseEstimator, ABC):
         """Return the map at the present strength without its bias."""
         return self.map_.linear()
 
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.target_tags.required = True
-        return tags
-
-    def _check_strength(self) -> None:
-        if not math.isfinite(self.strength):
-            raise ValueError(f"strength={self.strength!r} must be finite.")
-
     def _check_shrinkage(self) -> None:
-        self._check_strength()
+        checked_strength(self.strength)
         if self.shrinkage != "oas" and not 0 <= float(self.shrinkage) <= 1:
             raise ValueError(f"shrinkage={self.shrinkage!r} must be 'oas' or lie in [0, 1].")
 
@@ -201,7 +199,7 @@ class AffineSteering(_Steering):
     def map_(self) -> AffineMap | DenseAffineMap:
         """The map at the present strength, frozen."""
         check_is_fitted(self)
-        self._check_strength()
+        checked_strength(self.strength)
         source, target = torch.as_tensor(self.source_mean_), torch.as_tensor(self.target_mean_)
         if self.slope_ is None:
             shift = (self.strength * (target - source))[:, None]
@@ -371,7 +369,7 @@ class LowRankSteering(_Steering):
     def map_(self) -> AffineMap:
         """The map at the present strength, frozen."""
         check_is_fitted(self)
-        self._check_strength()
+        checked_strength(self.strength)
         r, a, b = (torch.as_tensor(v) for v in (self.directions_, self.read_, self.offset_))
         return AffineMap((r - a).T.contiguous(), self.strength * r.T.contiguous(), b)
 

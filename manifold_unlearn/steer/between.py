@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
-import numpy as np
 import torch
 
 from manifold_unlearn.arrays import Array, as_rows
 from manifold_unlearn.manifold.geodesic import GeodesicMap
 from manifold_unlearn.manifold.tangent import TangentBundle
 from manifold_unlearn.steer.path_geodesic import geodesic_path
+from manifold_unlearn.steer.path_order import distinct_labels
 from manifold_unlearn.steer.path_tangent import tangent_path
 from manifold_unlearn.steer.paths import ManifoldPath
+from manifold_unlearn.steer.preimage import KernelPreimage
 from manifold_unlearn.steer.spline import CentroidSpline, Coordinates
 
-PathKind: TypeAlias = Literal["chord", "spline", "diffusion", "geodesic", "tangent"]
+PathKind: TypeAlias = Literal["chord", "spline", "diffusion", "geodesic", "tangent", "preimage"]
 
 
 def path_between(
@@ -42,13 +43,15 @@ def path_between(
     start, end : labels
     n_waypoints : int, default=50
         Both ends included; equally spaced.
-    kind : {"chord", "spline", "diffusion", "geodesic", "tangent"}, default="spline"
+    kind : {"chord", "spline", "diffusion", "geodesic", "tangent", "preimage"}, default="spline"
         ``"spline"``, ``"diffusion"``: through the means of all labels
         (:class:`~manifold_unlearn.steer.spline.CentroidSpline` in those coordinates).
         ``"chord"``: straight from one mean to the other. ``"geodesic"``: along the rows
         (:func:`~manifold_unlearn.steer.path_geodesic.geodesic_path`). ``"tangent"``: that,
         shortened on the charts of the rows
-        (:func:`~manifold_unlearn.steer.path_tangent.tangent_path`).
+        (:func:`~manifold_unlearn.steer.path_tangent.tangent_path`). ``"preimage"``: straight
+        between the means in kernel principal components, brought back
+        (:class:`~manifold_unlearn.steer.preimage.KernelPreimage`).
     periodic : bool, default=False
         Whether the labels close a circle; splines then go the shorter way around.
     order : sequence of labels, optional
@@ -66,21 +69,25 @@ def path_between(
     """
     if kind not in get_args(PathKind):
         raise ValueError(f"kind={kind!r} is not one of {', '.join(get_args(PathKind))}.")
-    if kind in ("geodesic", "tangent") and (periodic or order is not None):
-        raise ValueError(
-            f"kind={kind!r} finds its way along the rows; periodic and order are for splines."
-        )
     if kind in ("chord", "spline", "diffusion"):
         coordinates: Coordinates = "diffusion" if kind == "diffusion" else "pca"
         spline = CentroidSpline(coordinates, periodic=periodic, order=order)
         path = spline.fit(X, labels).path(start, end, n_waypoints)
         return path.chord() if kind == "chord" else path
-    rows, member = as_rows(X), np.asarray(labels)
-    if len(member) != len(rows):
-        raise ValueError(f"{len(member)} labels for {len(rows)} rows; give one a row.")
-    ends = [rows[torch.as_tensor(member == label, device=rows.device)] for label in (start, end)]
-    for label, own in zip((start, end), ends, strict=True):
-        if not len(own):
-            raise ValueError(f"no row is labeled {label!r}; labels are {np.unique(member)[:20]}.")
+    if periodic or order is not None:
+        raise ValueError(
+            f"kind={kind!r} finds its way by the rows; periodic and order are for splines."
+        )
+    rows = as_rows(X)
+    names, member = distinct_labels(labels, len(rows))
+    for label in (start, end):
+        if label not in names:
+            raise ValueError(f"no row is labeled {label!r}; labels are {names[:20]}.")
+    if start == end:
+        raise ValueError(f"start and end are the same label, {start!r}: there is no path.")
+    at = torch.from_numpy(member).to(rows.device)
+    ends = [rows[at == names.index(label)] for label in (start, end)]
+    if kind == "preimage":
+        return KernelPreimage().fit(X).path(ends[0], ends[1], n_waypoints)
     path = geodesic_path(GeodesicMap(1).fit(X), ends[0], ends[1], n_waypoints)
     return tangent_path(TangentBundle().fit(X), path) if kind == "tangent" else path

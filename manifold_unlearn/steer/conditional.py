@@ -14,6 +14,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from manifold_unlearn.arrays import (
+    LabeledMixin,
     as_rows,
     forget_mask,
     generator,
@@ -24,6 +25,7 @@ from manifold_unlearn.arrays import (
 )
 from manifold_unlearn.artifact import SavedMixin
 from manifold_unlearn.steer.gated import Evidence, GatedShift
+from manifold_unlearn.steer.strengths import checked_strength
 from manifold_unlearn.steer.vectors import Method, SteeringVector, checked_vector
 
 Similarity = Literal["cosine", "projection"]
@@ -70,7 +72,7 @@ class Condition:
         return Condition(*parts, self.threshold, self.similarity, self.evidence)
 
 
-class ConditionalVector(SavedMixin, TransformerMixin, BaseEstimator):
+class ConditionalVector(LabeledMixin, SavedMixin, TransformerMixin, BaseEstimator):
     """``h -> h + strength * v`` where a condition holds, and the identity to the bit elsewhere.
 
     The condition is a direction fitted on rows where to steer (``y == 1``) and where not to; it
@@ -327,14 +329,9 @@ class ConditionalVector(SavedMixin, TransformerMixin, BaseEstimator):
     def to(self, device: torch.device | str, dtype: torch.dtype) -> GatedShift:
         """Return the map at its strength, ready for hidden states of this device and dtype."""
         check_is_fitted(self)
-        shift = float(self.strength) * torch.as_tensor(self.vector_)
+        shift = checked_strength(self.strength) * torch.as_tensor(self.vector_)
         condition = self._condition(self.threshold_)
         return GatedShift(shift, condition, self.preserve_norm).to(device, dtype)
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.target_tags.required = True
-        return tags
 
 
 def _texts(labels: Any, n_rows: int, name: str) -> Tensor:

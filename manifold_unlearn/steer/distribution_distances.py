@@ -93,6 +93,13 @@ def _between(p: Array, q: Array, distance: Distance) -> Array:
     a, b = square_roots(p, "p"), square_roots(q, "q")
     if a.shape[-1] != b.shape[-1]:
         raise ValueError(f"p has {a.shape[-1]} outcomes, q has {b.shape[-1]}; give the same.")
+    try:
+        np.broadcast_shapes(a.shape, b.shape)
+    except ValueError as error:
+        raise ValueError(
+            f"p has shape {a.shape}, q {b.shape}; give as many distributions, or one, or axes "
+            "that broadcast."
+        ) from error
     chord = np.sqrt(np.square(a - b).sum(-1))
     affinity = (a * b).sum(-1)
     found = np.where(affinity == 0, _DISJOINT[distance], _FROM_CHORD[distance](chord, affinity))

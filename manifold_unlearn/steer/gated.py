@@ -12,6 +12,7 @@ from torch import Tensor
 from manifold_unlearn import artifact
 from manifold_unlearn.arrays import as_rows, restore, working_dtype
 from manifold_unlearn.intervene.edit import Edit
+from manifold_unlearn.steer.strengths import checked_strength
 from manifold_unlearn.steer.vectors import at_norm_of, checked_vector
 
 Evidence: TypeAlias = Literal["token", "sequence"]
@@ -159,7 +160,7 @@ class GatedVector:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> GatedShift:
         """Return the map at its strength, ready for hidden states of this device and dtype."""
-        shift = float(self.strength) * self.vector
+        shift = checked_strength(self.strength) * self.vector
         return GatedShift(shift, _opening_of(self.gate), self.preserve_norm).to(device, dtype)
 
     def save(self, directory: str | Path) -> None:

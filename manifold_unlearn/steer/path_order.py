@@ -49,15 +49,15 @@ def distinct_labels(labels: Any, n_samples: int) -> tuple[list[Any], np.ndarray]
         raise ValueError(
             f"labels has shape {found.shape}; expected ({n_samples},), one for each row."
         )
-    if found.dtype.kind == "f" and np.isnan(found).any():
-        raise ValueError(f"labels holds NaN in row {int(np.isnan(found).argmax())}. Remove it.")
-    if found.dtype.kind == "O":
-        found = found.astype(str)
-    names, first, member = np.unique(found, return_index=True, return_inverse=True)
-    if found.dtype.kind not in "iufb":
-        rank = first.argsort()
-        names, member = names[rank], rank.argsort()[member]
-    return names.tolist(), member
+    if (nan := found != found).any():
+        raise ValueError(f"labels holds NaN in row {int(nan.argmax())}. Remove it.")
+    if found.dtype.kind in "iufb":
+        names, member = np.unique(found, return_inverse=True)
+        return names.tolist(), member
+    plain = [label.item() if isinstance(label, np.generic) else label for label in found.tolist()]
+    number: dict[Any, int] = {}
+    member = np.array([number.setdefault(label, len(number)) for label in plain])
+    return list(number), member
 
 
 def in_given_order(order: Sequence[Any], names: list[Any]) -> Tensor:
@@ -68,7 +68,7 @@ def in_given_order(order: Sequence[Any], names: list[Any]) -> Tensor:
     ValueError
         ``order`` leaves a label out, repeats one, or holds another.
     """
-    wanted = list(np.asarray(order).tolist())
+    wanted = order.tolist() if isinstance(order, np.ndarray | Tensor) else list(order)
     missing = [name for name in names if name not in wanted]
     foreign = [name for name in wanted if name not in names]
     if missing or foreign or len(wanted) != len(names):

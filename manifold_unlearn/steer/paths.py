@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeAlias
 
@@ -305,9 +306,11 @@ def require_apart(first: Tensor, last: Tensor, tol: float = _EQUAL) -> None:
 
 
 def check_waypoints(n_waypoints: int) -> None:
-    """Raise ``ValueError`` unless there are at least two waypoints."""
-    if n_waypoints < 2:
-        raise ValueError(f"n_waypoints={n_waypoints} must be at least 2: the start and the end.")
+    """Raise ``ValueError`` unless there are at least two waypoints, a whole number of them."""
+    if not isinstance(n_waypoints, Integral) or n_waypoints < 2:
+        raise ValueError(
+            f"n_waypoints={n_waypoints!r} must be an integer of at least 2: the start and the end."
+        )
 
 
 def _check(path: ManifoldPath) -> None:

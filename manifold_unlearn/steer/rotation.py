@@ -14,6 +14,7 @@ from torch import Tensor
 
 from manifold_unlearn import artifact
 from manifold_unlearn.arrays import (
+    LabeledMixin,
     as_rows,
     forget_mask,
     keep_kind,
@@ -96,7 +97,7 @@ def _turn(angle: float) -> Tensor:
     return torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
 
 
-class RotationSteering(SavedMixin, TransformerMixin, BaseEstimator):
+class RotationSteering(LabeledMixin, SavedMixin, TransformerMixin, BaseEstimator):
     """Angular steering: the component of a row in a plane is rotated, its norm kept.
 
     With an orthonormal basis ``b_1, b_2`` of the plane and ``p = (b_1'h, b_2'h)`` the map is
@@ -327,6 +328,7 @@ class RotationSteering(SavedMixin, TransformerMixin, BaseEstimator):
     def matrix_(self) -> Any:
         """(n_features, n_features); an AttributeError where the map is not affine."""
         check_is_fitted(self)
+        self._check_parameters()
         if self.rotate != "by" or self.adaptive:
             raise AttributeError(
                 "a rotation to an angle, or of some rows only, is not affine: use rotate='by' and "
@@ -353,11 +355,6 @@ class RotationSteering(SavedMixin, TransformerMixin, BaseEstimator):
     def to(self, device: torch.device | str, dtype: torch.dtype) -> PlaneRotation:
         """Return the map at the present parameters, ready for hidden states of this kind."""
         return self.map_.to(device, dtype)
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.target_tags.required = True
-        return tags
 
 
 def _paired_differences(rows: Tensor, concept: Tensor) -> Tensor:

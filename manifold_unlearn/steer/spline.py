@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
@@ -32,7 +33,6 @@ from manifold_unlearn.steer.paths import (
     path_through,
     principal_subspace,
 )
-from manifold_unlearn.steer.paths import chord as straight_line
 
 Coordinates = Literal["pca", "diffusion"]
 Direction = Literal["short", "forward", "backward"]
@@ -108,8 +108,7 @@ class CentroidSpline(SavedMixin, BaseEstimator):
     parameter_ : array of shape (n_classes,), float64
         Position of each centroid: the first is 0; of an open curve the last is 1, of a periodic
         one 1 is the first again.
-    mean_ : array of shape (d,)
-    basis_ : array of shape (d, k)
+    mean_, basis_ : array of shape (d,) and (d, k), float64
     n_features_in_ : int
 
     References
@@ -360,9 +359,7 @@ class CentroidSpline(SavedMixin, BaseEstimator):
 
     def chord(self, a: Any, b: Any, n_waypoints: int = 50) -> ManifoldPath:
         """The straight line between two centroids, with the same subspace: the linear rival."""
-        start, end = (self.point(t) for t in self._ends(a, b))
-        subspace = Subspace(torch.as_tensor(self.mean_), torch.as_tensor(self.basis_))
-        return straight_line(start, end, n_waypoints, subspace=subspace)
+        return self.path(a, b, n_waypoints).chord()
 
     def save(self, directory: str | Path) -> None:
         """Write parameters and fit to a directory that :meth:`load` reads."""
@@ -388,8 +385,8 @@ class CentroidSpline(SavedMixin, BaseEstimator):
             )
         if self.spacing == "angle" and not self.periodic:
             raise ValueError("spacing='angle' needs periodic=True. Use 'chord' or 'uniform'.")
-        if not self.smoothing >= 0:
-            raise ValueError(f"smoothing={self.smoothing} must not be negative.")
+        if not 0 <= self.smoothing < math.inf:
+            raise ValueError(f"smoothing={self.smoothing} must be finite and not negative.")
 
     def _check_classes(self, n_classes: int) -> None:
         least = 3 if self.periodic else 2
@@ -439,7 +436,7 @@ class CentroidSpline(SavedMixin, BaseEstimator):
         self.parameter_ = layout.parameter
         self.knots_, self.values_, self.bends_ = curve.knots, curve.values, curve.bends
         self.centroids_ = restore(ordered, X)
-        self.mean_, self.basis_ = (restore(part, X) for part in subspace)
+        self.mean_, self.basis_ = subspace
         keep_kind(self, X)
         return self
 

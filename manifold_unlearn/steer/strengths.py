@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from typing import Any
@@ -13,6 +14,13 @@ from torch import Tensor
 from manifold_unlearn.activations.capture import Activations
 from manifold_unlearn.arrays import as_rows
 from manifold_unlearn.intervene.edit import Edit
+
+
+def checked_strength(strength: float) -> float:
+    """``strength`` as a float; raises ``ValueError`` where it is not finite."""
+    if not math.isfinite(strength):
+        raise ValueError(f"strength={strength!r} must be finite; 0 leaves every row as it is.")
+    return float(strength)
 
 
 def with_strength(edit: Mapping[str, Any], strength: float | Mapping[str, float]) -> Edit:
@@ -35,7 +43,7 @@ def with_strength(edit: Mapping[str, Any], strength: float | Mapping[str, float]
     if unknown := sorted(wanted.keys() - set(edit)):
         raise ValueError(f"strengths for {unknown}, which the edit does not have: {list(edit)}.")
     for site, value in wanted.items():
-        if not torch.isfinite(torch.tensor(float(value))):
+        if not math.isfinite(value):
             raise ValueError(f"strength={value!r} at {site!r} is not finite.")
         if not hasattr(edit[site], "strength"):
             raise ValueError(

@@ -12,6 +12,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from manifold_unlearn.arrays import (
+    LabeledMixin,
     as_rows,
     forget_mask,
     keep_kind,
@@ -22,6 +23,7 @@ from manifold_unlearn.arrays import (
 )
 from manifold_unlearn.artifact import SavedMixin
 from manifold_unlearn.steer.directions import mean_difference, principal_axis, probe_normal
+from manifold_unlearn.steer.strengths import checked_strength
 
 Method = Literal["mean_difference", "pca", "probe"]
 Mode = Literal["add", "ablate"]
@@ -30,7 +32,7 @@ GIVEN = "given"
 """Method of a vector that was not fitted but handed over."""
 
 
-class SteeringVector(SavedMixin, TransformerMixin, BaseEstimator):
+class SteeringVector(LabeledMixin, SavedMixin, TransformerMixin, BaseEstimator):
     """Direction from rows without a concept to rows with it, as a map ``h -> h + strength * v``.
 
     The methods differ in the direction; the length of ``v`` is the distance of the class means
@@ -219,14 +221,14 @@ class SteeringVector(SavedMixin, TransformerMixin, BaseEstimator):
         matrix = torch.eye(len(vector), dtype=vector.dtype, device=vector.device)
         if self.mode == "ablate":
             unit = vector / torch.linalg.vector_norm(vector)
-            matrix -= float(self.strength) * torch.outer(unit, unit)
+            matrix -= checked_strength(self.strength) * torch.outer(unit, unit)
         return restore(matrix, self.vector_)
 
     @property
     def bias_(self) -> Any:
         """(n_features,) of the map ``h -> matrix_ @ h + bias_``."""
         vector = self._affine("bias_")
-        added = float(self.strength) if self.mode == "add" else 0.0
+        added = checked_strength(self.strength) if self.mode == "add" else 0.0
         return restore(added * vector, self.vector_)
 
     def _affine(self, name: str) -> Tensor:
@@ -259,7 +261,7 @@ class SteeringVector(SavedMixin, TransformerMixin, BaseEstimator):
         """Return the map at its strength, ready for hidden states of this device and dtype."""
         check_is_fitted(self)
         vector = torch.as_tensor(self.vector_).to(device, working_dtype(dtype))
-        return VectorMap(vector, float(self.strength), self.mode, self.preserve_norm)
+        return VectorMap(vector, checked_strength(self.strength), self.mode, self.preserve_norm)
 
     def linear(self) -> SteeringVector:
         """Return the map without its bias: one that adds nothing, or the ablation itself."""
@@ -269,11 +271,6 @@ class SteeringVector(SavedMixin, TransformerMixin, BaseEstimator):
         other = copy.copy(self)
         other.strength = 0.0
         return other
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.target_tags.required = True
-        return tags
 
 
 @dataclass(frozen=True, eq=False)

@@ -90,5 +90,9 @@ def test_what_does_not_detect_is_named(data):
         detection_auroc(X[0], X, y * 0)
     with pytest.raises(ValueError, match="text 1 has no rows"):
         detection_auroc([1.0], np.ones((2, 1)), [1, 0, 0], text_index=[0, 2])
-    with pytest.raises(ValueError, match=r"values 0 \.\. 3; expected \(2,\) and 0 \.\. 2"):
+    with pytest.raises(ValueError, match=r"0 \.\. 3; expected integers of shape \(2,\), 0 \.\. 2"):
         detection_auroc([1.0], np.ones((2, 1)), [1, 0, 0], text_index=[0, 3])
+    with pytest.raises(
+        ValueError, match=r"dtype float64 and values 0.0 \.\. 1.0; expected integers"
+    ):
+        detection_auroc([1.0], np.ones((2, 1)), [1, 0], text_index=[0.0, 1.0])

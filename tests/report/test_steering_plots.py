@@ -124,6 +124,14 @@ def test_ribbons_stack_the_answers_and_leave_the_rest_gray():
     drawn(figure)
 
 
+def test_tensors_in_bfloat16_are_drawn_as_their_numbers():
+    exact = torch.tensor(shares()).bfloat16()
+    figure = steering.probability_ribbons(torch.tensor(TIMES), {"": exact}, DAYS)
+    (bottom,) = marked(figure.axes[0], "Monday")
+    heights = bottom.get_paths()[0].vertices[:, 1]
+    assert heights.max() == pytest.approx(float(exact[:, 0].max()))
+
+
 def test_wide_ribbons_bear_their_name_and_thin_ones_do_not():
     rows = np.zeros((11, 2))
     rows[:, 0], rows[:, 1] = 0.8, 0.05

@@ -1,3 +1,4 @@
+import copy
 import warnings
 
 import numpy as np
@@ -459,6 +460,15 @@ def test_one_row_cannot_be_held_out():
 def test_a_gated_vector_needs_a_vector_and_a_gate(vector, gate, words):
     with pytest.raises(ValueError, match=words):
         GatedVector(vector, gate)
+
+
+def test_a_strength_that_is_no_number_is_refused(conditional):
+    again = copy.copy(conditional)
+    again.strength = float("nan")
+    with pytest.raises(ValueError, match="strength=nan must be finite"):
+        again.transform(np.ones((1, again.n_features_in_)))
+    with pytest.raises(ValueError, match="strength=inf must be finite"):
+        GatedVector(torch.ones(4), HalfGate(), strength=float("inf"))(torch.ones(3, 4))
 
 
 def test_a_gate_of_another_width_is_refused(gates):

@@ -130,6 +130,11 @@ def test_what_is_no_distribution_is_refused(p, words):
         hellinger(p, [0.5, 0.5])
 
 
+def test_distributions_that_do_not_go_together_are_refused():
+    with pytest.raises(ValueError, match=r"p has shape \(2, 2\), q \(3, 2\); give as many"):
+        bhattacharyya(np.full((2, 2), 0.5), np.full((3, 2), 0.5))
+
+
 # --- the behavior manifold ------------------------------------------------------------------
 
 

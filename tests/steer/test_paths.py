@@ -132,7 +132,8 @@ def test_a_path_that_is_none_is_refused(changes, words):
     [
         (lambda: chord(START, START, 5), "the same point"),
         (lambda: chord(START, END[:3], 5), "start has 6 features, end has 3"),
-        (lambda: chord(START, END, 1), "n_waypoints=1 must be at least 2"),
+        (lambda: chord(START, END, 1), "n_waypoints=1 must be an integer of at least 2"),
+        (lambda: chord(START, END, 2.5), "n_waypoints=2.5 must be an integer"),
         (lambda: chord(START[None, None], END, 3), "a point"),
         (lambda: chord(START * np.nan, END, 3), "start contains NaN"),
         (lambda: corner().at(1.5), r"must lie in \[0, 1\]"),

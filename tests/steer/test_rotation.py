@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import build_model, build_tokenizer, state, two_classes
+from cases import WIDTH, build_model, build_tokenizer, state, two_classes
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -261,6 +261,13 @@ def test_a_model_is_steered_and_then_as_it_was(architecture):
     assert torch.equal(again, plain)
     assert float((steered - plain).abs().max()) > 1e-2
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_an_angle_that_is_no_number_does_not_bake(llama):
+    steer = RotationSteering.from_plane(torch.eye(WIDTH)[0], torch.eye(WIDTH)[1], rotate="by")
+    steer.angle = math.nan
+    with pytest.raises(ValueError, match="angle=nan must be finite"):
+        bake(llama, {"layers.1.mlp": steer})
 
 
 @pytest.mark.parametrize(

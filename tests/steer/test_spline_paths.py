@@ -170,6 +170,45 @@ def test_between_few_classes_the_curve_of_diffusion_coordinates_follows_the_rows
     assert off["pca"] > 0.55
 
 
+def test_between_classes_without_rows_the_diffusion_curve_is_the_spline():
+    """Tight clusters on a circle: a curve that forgets them falls to their middle."""
+    fitted = CentroidSpline("diffusion", periodic=True).fit(WEEK.X, WEEK.labels)
+    assert is_the_week(fitted.order_)
+    around = fitted.between(0, 1, 100).points
+    np.testing.assert_allclose(WEEK.radii(around), 1, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("coordinates", ["pca", "diffusion"])
+def test_rows_in_half_precision_have_paths(coordinates, dtype):
+    fitted, exact = (
+        CentroidSpline(coordinates, periodic=True).fit(
+            torch.tensor(SPREAD.X).to(kind), SPREAD.labels
+        )
+        for kind in (dtype, torch.float64)
+    )
+    assert fitted.centroids_.dtype == dtype and fitted.basis_.dtype == torch.float64
+    for way in ("path", "chord"):
+        found, wanted = (getattr(s, way)("Mon", "Wed", 9) for s in (fitted, exact))
+        np.testing.assert_allclose(found.points, wanted.points, atol=0.02)
+
+
+def test_labels_of_any_kind_are_kept_as_they_are(tmp_path):
+    numbers = np.array([DAYS.index(day) for day in WEEK.labels])
+    mixed = np.array([None, "Tue", np.int64(2), 3, "Fri", "Sat", "Sun"], dtype=object)[numbers]
+    order = [None, "Tue", 2, 3, "Fri", "Sat", "Sun"]
+    fitted = CentroidSpline(periodic=True, order=order).fit(WEEK.X, mixed)
+    assert fitted.order_ == order
+    named = CentroidSpline(periodic=True, order=DAYS).fit(WEEK.X, WEEK.labels)
+    assert torch.equal(fitted.path(2, None, 9).points, named.path("Wed", "Mon", 9).points)
+    plain = CentroidSpline(order=list(range(7))).fit(WEEK.X, numbers.astype(object))
+    assert plain.path(0, 2, 5).n_waypoints == 5
+    fitted.save(tmp_path / "x")
+    assert CentroidSpline.load(tmp_path / "x").order_ == order
+    with pytest.raises(ValueError, match="labels holds NaN in row 0"):
+        CentroidSpline().fit(WEEK.X[:2], np.array([np.nan, "a"], dtype=object))
+
+
 def test_words_of_an_open_feature_stand_as_given_or_as_the_rows_have_them():
     X, labels, _ = spiral()
     words = np.array(["e", "b", "d", "a", "c"])[labels]
@@ -290,7 +329,14 @@ def blobs():
         (lambda: CentroidSpline("umap").fit(WEEK.X, WEEK.labels), "coordinates='umap'"),
         (lambda: CentroidSpline(spacing="even").fit(WEEK.X, WEEK.labels), "spacing='even'"),
         (lambda: CentroidSpline(spacing="angle").fit(WEEK.X, WEEK.labels), "needs periodic=True"),
-        (lambda: CentroidSpline(smoothing=-1).fit(WEEK.X, WEEK.labels), "smoothing=-1 must not"),
+        (
+            lambda: CentroidSpline(smoothing=-1).fit(WEEK.X, WEEK.labels),
+            "smoothing=-1 must be finite",
+        ),
+        (
+            lambda: CentroidSpline(smoothing=np.inf).fit(WEEK.X, WEEK.labels),
+            "smoothing=inf must be",
+        ),
         (lambda: CentroidSpline().fit(WEEK.X, WEEK.labels[:5]), r"labels has shape \(5,\)"),
         (lambda: CentroidSpline().fit(WEEK.X, ["Mon"] * 210), "at least 2 classes; got 1"),
         (

@@ -589,6 +589,21 @@ def test_strengths_that_fit_nothing_are_refused(fitted):
         sweep_rows(fitted, torch.ones(1, WIDTH), [])
 
 
+@pytest.mark.parametrize("strength", [float("nan"), float("inf")])
+@pytest.mark.parametrize("mode", ["add", "ablate"])
+def test_a_strength_that_is_no_number_never_reaches_a_model(llama, tokenizer, mode, strength):
+    vector = SteeringVector.given(torch.ones(WIDTH), strength=strength, mode=mode)
+    before = logits(llama, ids_of(tokenizer))
+    with (
+        pytest.raises(ValueError, match=f"strength={strength} must be finite"),
+        intervene(llama, {"layers.1": vector}),
+    ):
+        logits(llama, ids_of(tokenizer))
+    assert hooks(llama) == 0 and torch.equal(logits(llama, ids_of(tokenizer)), before)
+    with pytest.raises(ValueError, match=f"strength={strength} must be finite"):
+        bake(llama, {"layers.1.mlp": vector})
+
+
 def test_relative_strengths_need_activations_and_a_vector(llama, tokenizer, fitted):
     acts = capture(llama, tokenizer, TEXTS, "layers.1")
     with pytest.raises(ValueError, match="no activations at 'layers.0'"):
