@@ -43,7 +43,7 @@ MEET_TRANSFORMERS = {
 ON_TOP = {"numpy", "safetensors", "scipy", "sklearn", "torch", "tqdm"}
 """What a module may import when it is imported; all else waits in the function that needs it."""
 FORBIDDEN = {"pickle", "joblib", "dill", "cloudpickle", "shelve", "marshal", "torchvision"}
-BASES = {"BaseEstimator", "Module"}
+BASES = {"BaseEstimator", "Module", "Function"}  # the last: a gradient written by hand
 VAGUE = {"utils", "util", "helpers", "common", "misc", "core", "base"}
 
 

@@ -14,6 +14,7 @@ from manifold_unlearn import artifact
 from manifold_unlearn.arrays import generator
 from manifold_unlearn.dictionary.codes import SparseCode, decode_sparse, encode_selected
 from manifold_unlearn.dictionary.nonlinearity import (
+    BatchTopK,
     Choosing,
     Nonlinearity,
     make_nonlinearity,
@@ -264,7 +265,7 @@ class SparseCoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs of rows (..., d_in): (..., d_out), in the dtype of the weights."""
-        scaled = self.scaled(x.reshape(-1, self.d_in))
+        scaled = self.scaled(x.reshape(-1, x.shape[-1]))
         if self.nonlinearity.chooses:
             code: Code = self._code(scaled.rows)
         else:
@@ -291,6 +292,8 @@ class SparseCoder(nn.Module):
         self.encoder.mul_(scale_in)
         for parameter in (self.decoder, self.b_dec):
             parameter.div_(scale_out)
+        if self.rank_by_norm and isinstance(self.nonlinearity, BatchTopK):
+            self.nonlinearity.threshold.div_(scale_out)
         if self.b_in is not None:
             self.b_in.div_(scale_in)
         if self.W_skip is not None:
