@@ -1,6 +1,5 @@
 """One thing is changed at a time, and what is claimed of it follows from what was measured."""
 
-import importlib.util
 import inspect
 import json
 import sys
@@ -20,30 +19,11 @@ from manifold_unlearn.testbed.tokenizer import build_tokenizer
 from manifold_unlearn.testbed.training import Recipe, initial_model
 from manifold_unlearn.testbed.world import FictionalWorld
 
+SCRIPT = "ablations.py"
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "experiments" / "results" / "ablations" / "quick.json"
 ONE_NAME = ManifoldRecipe(n_names=1, n_draws=1)
 """Ablations were measured so, one invented name a subject."""
-SIBLINGS = ("ablated", "unlearning", "cli_from_dataclass")
-
-
-@pytest.fixture(scope="module")
-def experiment():
-    """The experiment as a module; it stands outside the package."""
-    sys.path.insert(0, str(ROOT / "experiments"))
-    before = {name: sys.modules.pop(name, None) for name in SIBLINGS}
-    try:
-        path = ROOT / "experiments" / "ablations.py"
-        spec = importlib.util.spec_from_file_location("ablations_experiment", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["ablations_experiment"] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(ROOT / "experiments"))
-        for name in ("ablations_experiment", *SIBLINGS):
-            sys.modules.pop(name, None)
-        sys.modules.update({name: found for name, found in before.items() if found is not None})
 
 
 @pytest.fixture(scope="module")

@@ -1,30 +1,13 @@
 """The committed figures of the gradient baselines are those of the page, and claims can fail."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+SCRIPT = "baselines.py"
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "experiments" / "results" / "baselines" / "quick.json"
-
-
-@pytest.fixture(scope="module")
-def experiment():
-    """The experiment as a module; it stands outside the package."""
-    sys.path.insert(0, str(ROOT / "experiments"))
-    try:
-        path = ROOT / "experiments" / "baselines.py"
-        spec = importlib.util.spec_from_file_location("baselines_experiment", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["baselines_experiment"] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(ROOT / "experiments"))
-        sys.modules.pop("baselines_experiment", None)
 
 
 @pytest.fixture(scope="module")

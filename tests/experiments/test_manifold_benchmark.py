@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import subprocess
 import sys
@@ -7,22 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+SCRIPT = "benchmarks/manifold.py"
 HERE = Path(__file__).parents[2] / "experiments" / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def bench():
-    """The benchmark as a module; it stands outside the package."""
-    sys.path.insert(0, str(HERE))
-    try:
-        spec = importlib.util.spec_from_file_location("manifold_benchmark", HERE / "manifold.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["manifold_benchmark"] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(HERE))
-        sys.modules.pop("manifold_benchmark", None)
 
 
 WIDE = "cost, swiss roll, noise .1, 10000x768"
@@ -35,32 +20,32 @@ def row(case, library, cpu_seconds, *, section="diffusion", run="a", **more):
             **more}  # fmt: skip
 
 
-def claim(bench, rows, words):
-    (found,) = [c for c in bench.claims(rows, "command") if words in c["claim"]]
+def claim(experiment, rows, words):
+    (found,) = [c for c in experiment.claims(rows, "command") if words in c["claim"]]
     return found
 
 
-def test_cases_have_different_keys_and_known_truth(bench):
-    cases = bench.chosen_cases(bench.PRESETS["quick"])
-    assert {case.section for case in cases} == set(bench.SECTIONS)
+def test_cases_have_different_keys_and_known_truth(experiment):
+    cases = experiment.chosen_cases(experiment.PRESETS["quick"])
+    assert {case.section for case in cases} == set(experiment.SECTIONS)
     keys = {(case.section, case.name, case.seed) for case in cases}
     assert len(keys) == len(cases)
 
 
-def test_the_parts_to_run_are_given_with_spaces_or_commas(bench):
-    config = bench.Config(only=("geodesics,dimension",), cases=("sphere",))
-    assert {case.section for case in bench.chosen_cases(config)} == {"geodesics", "dimension"}
+def test_the_parts_to_run_are_given_with_spaces_or_commas(experiment):
+    config = experiment.Config(only=("geodesics,dimension",), cases=("sphere",))
+    assert {case.section for case in experiment.chosen_cases(config)} == {"geodesics", "dimension"}
     with pytest.raises(SystemExit, match=r"--only names \['speed'\]"):
-        bench.chosen_cases(bench.Config(only=("speed",)))
+        experiment.chosen_cases(experiment.Config(only=("speed",)))
     with pytest.raises(SystemExit, match=r"--libraries names \['pydifmap'\]"):
-        bench.chosen_cases(bench.Config(libraries=("ours,pydifmap",)))
+        experiment.chosen_cases(experiment.Config(libraries=("ours,pydifmap",)))
     with pytest.raises(SystemExit, match="faiss=nowhere: no such file"):
-        bench.Bench(bench.Config(peer_python=("faiss=nowhere",)), Path())
+        experiment.Bench(experiment.Config(peer_python=("faiss=nowhere",)), Path())
 
 
-def test_an_exact_answer_is_judged_perfect_and_a_wrong_one_is_not(bench):
-    config = bench.Config(neighbor_sizes=("700x5",), fit_sizes=(), seeds=1)
-    cases = {case.name: case for case in bench.chosen_cases(config)}
+def test_an_exact_answer_is_judged_perfect_and_a_wrong_one_is_not(experiment):
+    config = experiment.Config(neighbor_sizes=("700x5",), fit_sizes=(), seeds=1)
+    cases = {case.name: case for case in experiment.chosen_cases(config)}
     arrays, judge = cases["power law, 700x5"].make()
     wide = arrays["X"].astype(float)
     gaps = np.linalg.norm(wide[arrays["rows"], None] - wide[None], axis=2)
@@ -72,11 +57,12 @@ def test_an_exact_answer_is_judged_perfect_and_a_wrong_one_is_not(bench):
     assert judge({"dimension": np.array(2.25)}) == {"dimension": 2.25, "deviation": 0.25}
 
 
-def test_a_diffusion_map_is_judged_by_the_known_functions(bench):
+def test_a_diffusion_map_is_judged_by_the_known_functions(experiment):
     (case,) = [
-        c for c in bench.chosen_cases(bench.Config(seeds=1)) if c.name.startswith("circle, dens")
-        and "noise" not in c.name
-    ]  # fmt: skip
+        c
+        for c in experiment.chosen_cases(experiment.Config(seeds=1))
+        if c.name.startswith("circle, dens") and "noise" not in c.name
+    ]
     assert case.options["n_components"] == 4
     _, judge = case.make()
     functions = sys.modules["geometry.measurements"].KNOWN[case.name](0).eigenfunctions[:, :4]
@@ -88,10 +74,10 @@ def test_a_diffusion_map_is_judged_by_the_known_functions(bench):
         judge({"coordinates": functions * np.nan})
 
 
-def test_a_claim_holds_fails_or_was_not_run(bench):
+def test_a_claim_holds_fails_or_was_not_run(experiment):
     words = "pydiffmap's CPU over ours"
     fast = [row(WIDE, "ours", 1.0, r2=0.99), row(WIDE, "pydiffmap", 5.0, r2=0.99)]
-    assert claim(bench, fast, f"fit of 10000x768: {words}") == {
+    assert claim(experiment, fast, f"fit of 10000x768: {words}") == {
         "claim": f"fit of 10000x768: {words}",
         "value": 5.0,
         "target": ">= 4",
@@ -100,32 +86,32 @@ def test_a_claim_holds_fails_or_was_not_run(bench):
         "one_run": True,
     }
     slow = [row(WIDE, "ours", 2.0, r2=0.99, run="b"), fast[1]]
-    found = claim(bench, slow, f"fit of 10000x768: {words}")
+    found = claim(experiment, slow, f"fit of 10000x768: {words}")
     assert (found["holds"], found["one_run"]) == (False, False)
-    nothing = claim(bench, fast[:1], f"fit of 10000x768: {words}")
+    nothing = claim(experiment, fast[:1], f"fit of 10000x768: {words}")
     assert (nothing["value"], nothing["holds"]) == (None, False)
 
 
-def test_a_failure_of_ours_decides_its_claims(bench):
+def test_a_failure_of_ours_decides_its_claims(experiment):
     case = "swiss roll, 2000x128"
     good = row(case, "ours", 1.0, r2_first=0.9999, r2_second=0.9999, ratio_error=0.0)
     bad = {k: v for k, v in row(case, "ours", 0.0, seed=1).items() if "seconds" not in k}
     bad |= {"failures": 1, "error": "ValueError: x"}
     words = f"{case}: least R2 of the first"
-    assert claim(bench, [good], words)["holds"]
-    assert claim(bench, [good, bad], words)["value"] == 0.0
+    assert claim(experiment, [good], words)["holds"]
+    assert claim(experiment, [good, bad], words)["value"] == 0.0
 
 
-def test_memory_that_grows_with_the_square_of_the_rows_does_not_hold(bench):
+def test_memory_that_grows_with_the_square_of_the_rows_does_not_hold(experiment):
     small, large = (f"cost, swiss roll, noise .1, {n}x128" for n in (2000, 10000))
     for growth, holds in ((5, True), (25, False)):
         rows = [row(small, "ours", 1.0), row(large, "ours", 1.0) | {"peak_mib": 10.0 * growth}]
-        assert claim(bench, rows, "memory of a fit")["holds"] is holds
+        assert claim(experiment, rows, "memory of a fit")["holds"] is holds
 
 
-def test_new_rows_replace_old_ones_of_the_same_key(bench):
+def test_new_rows_replace_old_ones_of_the_same_key(experiment):
     old = [row("a", "ours", 1.0), row("a", "faiss", 1.0)]
-    merged = bench.merged(old, [row("a", "ours", 2.0, run="b"), row("b", "ours", 3.0)])
+    merged = experiment.merged(old, [row("a", "ours", 2.0, run="b"), row("b", "ours", 3.0)])
     assert [(r["case"], r["library"], r["cpu_seconds"]) for r in merged] == [
         ("a", "ours", 2.0),
         ("a", "faiss", 1.0),
@@ -133,18 +119,18 @@ def test_new_rows_replace_old_ones_of_the_same_key(bench):
     ]
 
 
-def test_the_table_shows_times_over_ours_and_says_what_failed(bench):
+def test_the_table_shows_times_over_ours_and_says_what_failed(experiment):
     absent = {"section": "diffusion", "case": WIDE, "seed": 0, "library": "scanpy",
               "method": "default", "device": "cpu", "run": "a", "not_run": "no scanpy"}  # fmt: skip
     failed = row(WIDE, "datafold", 0.0) | {"failures": 1, "error": "MemoryError: x"}
     rows = [row(WIDE, "ours", 0.5), row(WIDE, "scikit_learn", 2.0), failed, absent]
-    text = "\n".join(bench.lines(rows, []))
+    text = "\n".join(experiment.lines(rows, []))
     assert "x4.00" in text
     assert "scikit-learn" in text
     assert "1 of 1 failed: MemoryError: x" in text
     assert "not run: no scanpy" in text
-    assert "x4.00" in "\n".join(bench.lines(rows[1:2], rows[:1]))  # ours is of an earlier run
-    result = {"rows": rows, "claims": bench.claims(rows, "command")}
+    assert "x4.00" in "\n".join(experiment.lines(rows[1:2], rows[:1]))  # ours is of an earlier run
+    result = {"rows": rows, "claims": experiment.claims(rows, "command")}
     page = "\n".join(sys.modules["geometry.table"].markdown(result))
     assert "| scikit-learn | 2.00 s | x4.00 | 10 MiB |  |" in page
     assert "| fit of 10000x768: pydiffmap's CPU over ours | not run | >= 4 |  |" in page
@@ -154,13 +140,13 @@ def test_the_table_shows_times_over_ours_and_says_what_failed(bench):
     ("library", "words"),
     [("ours", "cpu_seconds"), ("nowhere", "error")],
 )
-def test_a_measurement_runs_in_a_process_of_its_own(bench, tmp_path, library, words):
-    config = bench.Config(neighbor_sizes=("700x5",), fit_sizes=(), seeds=1, repeats=1)
-    (case,) = [c for c in bench.chosen_cases(config) if c.name == "roll, 700x5"]
+def test_a_measurement_runs_in_a_process_of_its_own(experiment, tmp_path, library, words):
+    config = experiment.Config(neighbor_sizes=("700x5",), fit_sizes=(), seeds=1, repeats=1)
+    (case,) = [c for c in experiment.chosen_cases(config) if c.name == "roll, 700x5"]
     arrays, judge = case.make()
     np.savez(tmp_path / "data.npz", **arrays)
     one = (library, "exact", "cpu")
-    report = bench.Bench(config, tmp_path).child(case, one, tmp_path / "data.npz", judge)
+    report = experiment.Bench(config, tmp_path).child(case, one, tmp_path / "data.npz", judge)
     assert words in report
     if library == "ours":
         assert report["recall"] == 1.0
@@ -168,13 +154,13 @@ def test_a_measurement_runs_in_a_process_of_its_own(bench, tmp_path, library, wo
         assert report["peak_mib"] >= 0
 
 
-def test_a_measurement_that_takes_too_long_has_failed(bench, tmp_path):
-    config = bench.Config(neighbor_sizes=("700x5",), fit_sizes=(), seeds=1, timeout=1)
-    (case,) = [c for c in bench.chosen_cases(config) if c.name == "roll, 700x5"]
+def test_a_measurement_that_takes_too_long_has_failed(experiment, tmp_path):
+    config = experiment.Config(neighbor_sizes=("700x5",), fit_sizes=(), seeds=1, timeout=1)
+    (case,) = [c for c in experiment.chosen_cases(config) if c.name == "roll, 700x5"]
     arrays, judge = case.make()
     np.savez(tmp_path / "data.npz", **arrays)
     one = ("ours", "exact", "cpu")  # the imports alone take longer
-    report = bench.Bench(config, tmp_path).child(case, one, tmp_path / "data.npz", judge)
+    report = experiment.Bench(config, tmp_path).child(case, one, tmp_path / "data.npz", judge)
     assert report == {"error": "not done after 1 CPU seconds", "timed_out": True}
 
 

@@ -1,8 +1,6 @@
 """Known answers tell a judge that works from one that does not, and the log has the figures."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,25 +9,9 @@ import pytest
 from manifold_unlearn.attack.judges import Scores
 from manifold_unlearn.attack.rubric import RubricJudge
 
+SCRIPT = "rubric_judge.py"
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "experiments" / "results" / "rubric_judge" / "quick.json"
-
-
-@pytest.fixture(scope="module")
-def experiment():
-    """The experiment as a module; it stands outside the package."""
-    sys.path.insert(0, str(ROOT / "experiments"))
-    name = "rubric_judge_experiment"
-    try:
-        path = ROOT / "experiments" / "rubric_judge.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(ROOT / "experiments"))
-        sys.modules.pop(name, None)
 
 
 def always(value, valid=True):

@@ -1,30 +1,10 @@
 """What the traversal experiment makes of its rows; running it takes a quarter of an hour."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-SIBLINGS = ("traversal_tasks", "cli_from_dataclass")
-
-
-@pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(EXPERIMENTS))
-    before = {name: sys.modules.pop(name, None) for name in SIBLINGS}
-    spec = importlib.util.spec_from_file_location("traversal", EXPERIMENTS / "traversal.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["traversal"] = module
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(EXPERIMENTS))
-    for name in ("traversal", *SIBLINGS):
-        sys.modules.pop(name, None)
-    sys.modules.update({name: found for name, found in before.items() if found is not None})
+SCRIPT = "traversal.py"
 
 
 def rows(curve, chord, gap, n=20):
@@ -41,8 +21,8 @@ def rows(curve, chord, gap, n=20):
     ]  # fmt: skip
 
 
-def test_a_curve_that_keeps_nearer_and_steers_as_strongly_meets_every_target(script):
-    made = script.claims(rows(0.1, 0.5, 0.2), script.Config(), "run")
+def test_a_curve_that_keeps_nearer_and_steers_as_strongly_meets_every_target(experiment):
+    made = experiment.claims(rows(0.1, 0.5, 0.2), experiment.Config(), "run")
     assert len(made) == 8 and all(c["holds"] for c in made if "neighbors (" not in c["claim"])
     assert made[-1]["value"] == "1 of 1"
 
@@ -52,49 +32,49 @@ def test_a_curve_that_keeps_nearer_and_steers_as_strongly_meets_every_target(scr
     [(0.4, 0.2, "energy of the curve"), (0.6, 0.2, "energy of the curve"),
      (0.1, -0.2, "difference of means")],
 )  # fmt: skip
-def test_what_falls_short_is_a_claim_that_does_not_hold(script, curve, gap, missed):
-    made = script.claims(rows(curve, 0.5, gap), script.Config(), "run")
+def test_what_falls_short_is_a_claim_that_does_not_hold(experiment, curve, gap, missed):
+    made = experiment.claims(rows(curve, 0.5, gap), experiment.Config(), "run")
     failed = [c["claim"] for c in made if not c["holds"]]
     assert failed and all(missed in claim for claim in failed if "neighbors (" not in claim)
 
 
-def test_few_pairs_prove_nothing(script):
+def test_few_pairs_prove_nothing(experiment):
     """A sign test over four pairs cannot come below .01."""
-    made = script.claims(rows(0.1, 0.5, 0.2, n=4), script.Config(), "run")
+    made = experiment.claims(rows(0.1, 0.5, 0.2, n=4), experiment.Config(), "run")
     assert not any(c["holds"] for c in made if "sign test" in c["claim"])
 
 
 @pytest.mark.parametrize("name", ["weekdays", "months", "numbers", "sentiment"])
-def test_prompts_end_with_the_value_and_no_walked_one_was_fitted_on(script, name):
-    task = script.TASKS[name]
+def test_prompts_end_with_the_value_and_no_walked_one_was_fitted_on(experiment, name):
+    task = experiment.TASKS[name]
     assert len(set(task.said)) == len(task.values)
-    fitted = [prompt for prompt, _ in task.prompts(script.LEADS)]
-    for prompt, value in task.prompts(script.LEADS):
+    fitted = [prompt for prompt, _ in task.prompts(experiment.LEADS)]
+    for prompt, value in task.prompts(experiment.LEADS):
         assert value in prompt if task.frame else prompt.endswith(f"{value},")
-    walked = script.held_out(task, 6)
+    walked = experiment.held_out(task, 6)
     assert len(set(walked)) == 6 and not set(walked) & set(fitted)
 
 
-def test_a_list_that_goes_around_is_followed_by_the_next_value(script):
-    task = script.TASKS["weekdays"]
+def test_a_list_that_goes_around_is_followed_by_the_next_value(experiment):
+    task = experiment.TASKS["weekdays"]
     assert task.said[task.values.index("Sunday")] == " Monday"
     ((prompt, _),) = [p for p in task.prompts(("",)) if p[1] == "Tuesday"]
     assert prompt.split(", ")[-3:] == ["Sunday", "Monday", "Tuesday,"]
     assert prompt.count("Tuesday") == 2
 
 
-def test_pairs_are_drawn_where_there_are_too_many(script):
-    task = script.TASKS["months"]
-    assert len(script.pairs_of(task, 100, 0)) == 66
-    drawn = script.pairs_of(task, 24, 0)
-    assert len(set(drawn)) == 24 and drawn == script.pairs_of(task, 24, 0)
+def test_pairs_are_drawn_where_there_are_too_many(experiment):
+    task = experiment.TASKS["months"]
+    assert len(experiment.pairs_of(task, 100, 0)) == 66
+    drawn = experiment.pairs_of(task, 24, 0)
+    assert len(set(drawn)) == 24 and drawn == experiment.pairs_of(task, 24, 0)
 
 
-def test_outward_leads_on_from_the_end_away_from_the_mean(script):
+def test_outward_leads_on_from_the_end_away_from_the_mean(experiment):
     points = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    path = script.ManifoldPath(
+    path = experiment.ManifoldPath(
         points, torch.tensor([0.0, 1.0]), "spline", torch.zeros(2), torch.eye(2)
     )
-    further = script.outward(path.resampled(5), 3.0)
+    further = experiment.outward(path.resampled(5), 3.0)
     assert np.allclose(further.points[2], [0, 1]) and np.allclose(further.points[-1], [0, 3])
     assert np.allclose(further.points[:3], path.resampled(3).points)

@@ -1,33 +1,16 @@
 """Authors are found in their questions, and the committed claims follow from the rows."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from manifold_unlearn.activations.corpus import Item, read_items
 
+SCRIPT = "unlearning_checkpoints.py"
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "experiments" / "results" / "unlearning_checkpoints" / "quick.json"
 TOFU = ROOT.parent / "shared" / "data" / "tofu"
-
-
-@pytest.fixture(scope="module")
-def experiment():
-    """The experiment as a module; it stands outside the package."""
-    sys.path.insert(0, str(ROOT / "experiments"))
-    try:
-        path = ROOT / "experiments" / "unlearning_checkpoints.py"
-        spec = importlib.util.spec_from_file_location("checkpoints_experiment", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["checkpoints_experiment"] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(ROOT / "experiments"))
-        sys.modules.pop("checkpoints_experiment", None)
 
 
 @pytest.mark.parametrize(
