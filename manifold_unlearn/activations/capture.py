@@ -202,7 +202,7 @@ def capture(
         A pair is read as one text; its answer brings its own leading space.
     sites : str or sequence of str
         ``embed``, ``layers.i`` (stream after block i, before the final norm), ``layers.i.attn``,
-        ``layers.i.mlp``, ``layers.i.mlp.hidden``, or any module path.
+        ``layers.i.mlp``, ``layers.i.mlp.input``, ``layers.i.mlp.hidden``, or any module path.
     tokens : {"all", "last", "answer"} or sequence of bool masks, default="all"
         Rows to keep: every token that is not padding, the last of each text, the answers' of
         pairs, or one mask a text.

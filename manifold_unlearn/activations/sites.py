@@ -7,6 +7,7 @@ name                   rows read there
 ``layers.i``           residual stream after block ``i``
 ``layers.i.attn``      what the attention of block ``i`` answers
 ``layers.i.mlp``       what the MLP of block ``i`` answers
+``layers.i.mlp.input``   what the MLP of block ``i`` is given: rows behind its norm
 ``layers.i.mlp.hidden``  input of the MLP's output matrix
 any module path        that module's output, as ``model.named_modules()`` spells it
 =====================  =============================================================
@@ -119,7 +120,7 @@ def _fits(module: nn.Module, layout: Layout) -> bool:
     )
 
 
-_BLOCK_SITE = re.compile(r"layers\.(\d+)(?:\.(attn|mlp|mlp\.hidden))?")
+_BLOCK_SITE = re.compile(r"layers\.(\d+)(?:\.(attn|mlp|mlp\.hidden|mlp\.input))?")
 
 
 def resolve_site(model: nn.Module, name: str) -> Site:
@@ -164,6 +165,8 @@ def _block_site(name: str, block: nn.Module, part: str | None, layout: Layout) -
     mlp = getattr(block, layout.mlp)
     if part == "mlp":
         return Site(name, mlp)
+    if part == "mlp.input":
+        return Site(name, mlp, "input")
     return Site(name, getattr(mlp, layout.mlp_out), "input")
 
 
@@ -171,7 +174,8 @@ def site_names(model: nn.Module) -> list[str]:
     """All named sites of a model of a known layout, in the order in which they are computed."""
     names = ["embed"]
     for i in range(len(find_decoder(model).blocks)):
-        names += [f"layers.{i}.attn", f"layers.{i}.mlp.hidden", f"layers.{i}.mlp", f"layers.{i}"]
+        parts = (".attn", ".mlp.input", ".mlp.hidden", ".mlp", "")
+        names += [f"layers.{i}{part}" for part in parts]
     return names
 
 

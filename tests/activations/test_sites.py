@@ -19,7 +19,7 @@ def test_every_named_site_resolves_in_the_order_in_which_it_is_computed(model):
     with torch.no_grad():
         model(input_ids=ids)
     assert called == site_names(model)
-    assert len(called) == 1 + 4 * 3
+    assert len(called) == 1 + 5 * 3
 
 
 def test_the_output_matrices_have_the_widths_of_their_sites(model):
