@@ -19,6 +19,13 @@ from manifold_unlearn.evaluate.depth_control import (
     controlled_depth,
 )
 from manifold_unlearn.evaluate.detection import Detection, detect_texts, detection_auroc
+from manifold_unlearn.evaluate.dictionary_fidelity import (
+    DictionaryFidelity,
+    LatentUse,
+    Reconstruction,
+    dictionary_fidelities,
+    dictionary_fidelity,
+)
 from manifold_unlearn.evaluate.fluency import (
     n_gram_entropy,
     reference_fluency,
@@ -148,9 +155,11 @@ __all__ = [
     "ChoiceScores",
     "ControlledDepth",
     "Detection",
+    "DictionaryFidelity",
     "EvaluationSets",
     "ForgettingReport",
     "Judgement",
+    "LatentUse",
     "LensProfile",
     "MatchedComparison",
     "MembershipInference",
@@ -158,6 +167,7 @@ __all__ = [
     "ProbeResult",
     "ProbeTask",
     "Profile",
+    "Reconstruction",
     "ScoredAnswers",
     "Standing",
     "SteeringCurve",
@@ -182,6 +192,8 @@ __all__ = [
     "controlled_depth",
     "detect_texts",
     "detection_auroc",
+    "dictionary_fidelities",
+    "dictionary_fidelity",
     "evaluate_forgetting",
     "exact_memorization",
     "exact_memorization_published",
