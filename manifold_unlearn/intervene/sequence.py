@@ -115,7 +115,10 @@ class ForwardPass:
 
     def begin(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
         """Take note of what the pass is given: a forward pre-hook of the decoder."""
-        self._cache = kwargs.get("past_key_values")
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache is self._cache:
+            self._keep(cache)  # of a pass that was cut short behind the sites, as capture does
+        self._cache = cache
         past = self._cache.get_seq_length() if self._cache is not None else 0
         # a cache that counts on the device counts in place, while the pass runs
         self.past = past.clone() if isinstance(past, Tensor) else past
@@ -125,7 +128,11 @@ class ForwardPass:
 
     def end(self, _module: nn.Module, _args: Any, output: Any) -> None:
         """Put the evidence of the pass into its cache: a forward hook of the decoder."""
-        cache = _cache_of(output) if self._cache is None else self._cache
+        self._keep(_cache_of(output) if self._cache is None else self._cache)
+        self._cache, self._gathered = None, {}
+
+    def _keep(self, cache: Any) -> None:
+        """Put what was gathered beside the keys and values of its tokens."""
         if cache is not None and self._gathered and _layers(cache):
             trace = _trace_of(cache)
             if trace is None:
@@ -135,7 +142,6 @@ class ForwardPass:
                 self._traced.add(cache)
             for key, evidence in self._gathered.items():
                 trace.extend(key, self.past, evidence)
-        self._cache, self._gathered = None, {}
 
     def present(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Rows ``(batch, length)`` of ``h`` that are not padding, and each sequence's first."""

@@ -30,6 +30,10 @@ from manifold_unlearn.steer.vectors import Method, SteeringVector, checked_vecto
 
 Similarity = Literal["cosine", "projection"]
 
+_ROUNDING = 1e-5
+"""Over the largest score: texts that begin alike share rows, and one of those may be the threshold,
+which no rounding of another batch or chunk may pass."""
+
 
 @dataclass(frozen=True, eq=False)
 class Condition:
@@ -109,7 +113,7 @@ class ConditionalVector(LabeledMixin, SavedMixin, TransformerMixin, BaseEstimato
     center_ : array of shape (n_features,)
         Midpoint of the means of both kinds of rows.
     threshold_ : float
-        The condition holds above it.
+        The condition holds above it; above the score that sets it by the rounding of states.
     promised_rate_ : float
         Chance that the calibration carries; above ``false_positive_rate`` only with a warning.
     detection_rate_ : float
@@ -254,7 +258,8 @@ class ConditionalVector(LabeledMixin, SavedMixin, TransformerMixin, BaseEstimato
     def _calibrate(self, scores: Tensor) -> None:
         n, rate = len(scores), float(self.false_positive_rate)
         rank = min(math.ceil((n + 1) * (1 - rate) - 1e-9), n)
-        self.threshold_ = float(scores.sort().values[rank - 1])
+        margin = _ROUNDING * float(scores.abs().max())
+        self.threshold_ = float(scores.sort().values[rank - 1]) + margin
         self.promised_rate_ = 1 - rank / (n + 1)
         self.n_calibration_ = n
         needed = math.ceil(1 / rate - 1e-9) - 1

@@ -329,6 +329,18 @@ def test_a_prompt_read_in_pieces_is_read_as_one(model, tokenizer, cusum):
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("site", ["layers.1", "layers.2"])
+def test_rows_captured_in_chunks_are_those_of_one_pass(model, tokenizer, cusum, site):
+    """Capture stops behind its deepest site, where the decoder never comes to its end."""
+    with intervene(model, {SITE: cusum}), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole = capture(model, tokenizer, TEXTS, site)[site]
+        parts = capture(model, tokenizer, TEXTS, site, chunk_size=4)[site]
+    plain = capture(model, tokenizer, TEXTS, site)[site]
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-3)
+    assert float((whole - plain).abs().max()) > 0.1
+
+
 def test_a_copied_cache_continues_by_itself(llama, tokenizer):
     """One prompt, several continuations, as when a system prompt is read once."""
     fitted, ids = fitted_cusum(llama, tokenizer), ids_of(tokenizer)
