@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -146,6 +146,35 @@ class Crosscoder(SparseCoder):
 
     def _apart(self, out: Tensor) -> Tensor:
         return out.unflatten(-1, (self.n_streams, self.d_stream))
+
+    @torch.no_grad()
+    def fold_scale(self, scale_in: float | Tensor, scale_out: float | Tensor | None = None) -> Self:
+        """As of every dictionary, with a factor for each stream: numbers, or (n_streams,).
+
+        Where a rule of rank compares by norm, the norms of the scaled decoder move into the
+        codes first and ``rank_by_norm`` ends: the norms of the unscaled one would rank otherwise.
+        Codes are then in units of what they write in the scaled streams, with the same choice.
+        """
+        like = self.encoder
+        into = torch.as_tensor(scale_in, dtype=like.dtype, device=like.device)
+        out = into if scale_out is None else torch.as_tensor(scale_out).to(into)
+        if bool((into <= 0).any()) or bool((out <= 0).any()):
+            raise ValueError(f"scale_in={scale_in}, scale_out={scale_out} must be positive.")
+        if (norms := self.ranking()) is not None and self.nonlinearity.chooses:
+            norms = torch.where(norms > 0, norms, 1.0)
+            self.encoder.mul_(norms[:, None])
+            self.b_enc.mul_(norms)
+            self.decoder.div_(norms[:, None])
+            self.rank_by_norm = False
+        wide_in, wide_out = (
+            scale.expand(self.n_streams).repeat_interleave(self.d_stream) for scale in (into, out)
+        )
+        self.encoder.mul_(wide_in)
+        self.decoder.div_(wide_out)
+        self.b_dec.div_(wide_out)
+        if self.b_in is not None:
+            self.b_in.div_(wide_in)
+        return self
 
     def config(self) -> dict[str, Any]:
         """What makes the same dictionary again, tensors apart; JSON."""
