@@ -1,0 +1,265 @@
+"""One dictionary in training: its optimizer, its scale, how long each latent has been silent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from manifold_unlearn.arrays import generator
+from manifold_unlearn.dictionary.criterion import Criterion, Dictionary, Judged
+from manifold_unlearn.dictionary.cross_layer import CrossLayerTranscoder
+from manifold_unlearn.dictionary.crosscoder import Crosscoder
+from manifold_unlearn.dictionary.settings import DictionaryTraining, Measured
+from manifold_unlearn.dictionary.together import Together
+
+Given: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
+
+
+class Learner:
+    """A dictionary, its optimizer and its counts.
+
+    Parameters
+    ----------
+    name : str
+    coder : SparseCoder or CrossLayerTranscoder
+        Trained in place.
+    config : DictionaryTraining
+    n_steps, step_rows : int
+        Length of the training, and rows of a step over all processes.
+    together : Together
+        The processes that train.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        coder: Dictionary,
+        config: DictionaryTraining,
+        n_steps: int,
+        step_rows: int,
+        together: Together,
+    ) -> None:
+        self.name, self.coder, self.config, self.n_steps = name, coder, config, n_steps
+        self.together = together
+        self.criterion = Criterion(coder, config)
+        self.encoders = self.criterion.encoders
+        self.dead_after = config.silence(n_steps * step_rows)
+        device = coder.device
+        self.silent = torch.zeros(len(self.encoders), coder.d_sae, dtype=torch.int64, device=device)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self.n_summed = 0
+        self.scale_in = self.scale_out = torch.ones(1, dtype=coder.dtype, device=device)
+        self.parameters = [p for p in coder.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(self.parameters, betas=config.betas, fused=True)
+        self.k = getattr(self.encoders[0].nonlinearity, "k", None)
+        alone = not isinstance(coder, Crosscoder | CrossLayerTranscoder)
+        self.unit_norm = alone if config.unit_norm is None else config.unit_norm
+
+    @property
+    def dead(self) -> Tensor:
+        """Boolean (n_encoders, d_sae)."""
+        return self.silent > self.dead_after
+
+    def arrays(self, given: Given) -> tuple[Tensor, Tensor]:
+        """Rows in and out on the dictionary's device and in its dtype, scaled."""
+        x, y = given if isinstance(given, tuple) else (given, given)
+        device, dtype = self.coder.device, self.coder.dtype
+        rows = x.to(device, dtype, non_blocking=True) * self.scale_in
+        if y is x:
+            return rows, rows
+        return rows, y.to(device, dtype, non_blocking=True) * self.scale_out
+
+    @torch.no_grad()
+    def begin(self, first: Sequence[Given]) -> None:
+        """Measure the scale on the first rows, and center ``b_dec`` where it is 0."""
+        if self.unit_norm:
+            self._to_unit_norm()
+        pairs = [self.arrays(given) for given in first]
+        x, y = (torch.cat([pair[i] for pair in pairs]) for i in (0, 1))
+        plain = all(encoder.normalization == "none" for encoder in self.encoders)
+        if self.config.normalize and plain:
+            self.scale_in = self.together.mean(_to_root_width(x))
+            paired = any(isinstance(given, tuple) for given in first)
+            self.scale_out = self.together.mean(_to_root_width(y)) if paired else self.scale_in
+        fresh = not bool(self.coder.b_dec.any())
+        if self.config.center != "keep" and fresh and plain:
+            rows = (y * self.scale_out).flatten(1)
+            middle = rows.mean(0) if self.config.center == "mean" else geometric_median(rows)
+            self.coder.b_dec.copy_(middle.reshape(self.coder.b_dec.shape))
+        self.together.broadcast([p.data for p in self.coder.parameters()])
+        self.together.broadcast(self.coder.buffers())
+
+    def step(self, given: Given, step: int) -> None:
+        """One update; ``step`` counts from 0.
+
+        Raises
+        ------
+        FloatingPointError
+            The loss or its gradient is not finite; the weights are as before the step.
+        """
+        if self.k is not None:
+            self._set_k(self.config.k_at(step, self.n_steps, self.k))
+        x, y = self.arrays(given)
+        dead = [row.nonzero()[:, 0] for row in self.dead]
+        judged = self.criterion(x, y, dead, self.config.coefficient(step, self.n_steps))
+        self.optimizer.zero_grad()
+        judged.loss.backward()
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        self.together.average(gradients)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not bool(torch.isfinite(norm + self.together.mean(judged.loss.detach()))):
+            raise FloatingPointError(
+                f"dictionary {self.name!r}, step {step}: the loss is {float(judged.loss):g}, its "
+                f"gradient's norm {float(norm):g}. The weights are those before this step. Lower "
+                "lr, or remove rows that are not finite."
+            )
+        if self.config.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
+        if self.unit_norm:
+            self._remove_parallel()
+        self.optimizer.param_groups[0]["lr"] = self.config.rate(
+            step, self.n_steps, self.coder.d_sae
+        )
+        self.optimizer.step()
+        if self.unit_norm:
+            self._to_unit_norm()
+        self.coder.constrain()
+        self._count(judged, len(x))
+        every = self.config.resample_every
+        if every and (step + 1) % every == 0 and step + 1 < self.n_steps:
+            self.resample(x, y, step)
+
+    @torch.no_grad()
+    def _count(self, judged: Judged, n_rows: int) -> None:
+        fired = torch.stack([part.fired for part in judged.parts]).to(torch.int64)
+        fired = self.together.total(fired) > 0
+        self.silent += n_rows * self.together.world
+        self.silent.masked_fill_(fired, 0)
+        self.together.average(b for b in self.coder.buffers() if b.is_floating_point())
+        n_fired = torch.stack([part.n_fired for part in judged.parts]).sum()
+        l0 = n_fired / (n_rows * len(judged.parts))
+        self.sums += torch.stack([judged.loss.detach(), judged.fvu, l0]).to(self.sums)
+        self.n_summed += 1
+
+    def measure(self, step: int, n_tokens: int) -> Measured:
+        """Means since the last measurement; begins anew."""
+        loss, fvu, l0 = (self.together.mean(self.sums) / max(self.n_summed, 1)).tolist()
+        self.sums.zero_()
+        self.n_summed = 0
+        dead = float(self.dead.double().mean())
+        return Measured(self.name, step, n_tokens, loss, fvu, l0, dead)
+
+    def _set_k(self, k: int | tuple[int, ...]) -> None:
+        for encoder in self.encoders:
+            encoder.nonlinearity.k = k  # type: ignore[assignment]
+
+    @torch.no_grad()
+    def _to_unit_norm(self) -> None:
+        for encoder in self.encoders:
+            norm = encoder.decoder.norm(dim=1, keepdim=True)
+            encoder.decoder.div_(norm.clamp(min=torch.finfo(norm.dtype).tiny))
+
+    @torch.no_grad()
+    def _remove_parallel(self) -> None:
+        """Take from the gradient what would only change the lengths of the decoder's rows."""
+        for encoder in self.encoders:
+            if (gradient := encoder.decoder.grad) is not None:
+                along = torch.linalg.vecdot(gradient, encoder.decoder)
+                gradient.addcmul_(encoder.decoder, along[:, None], value=-1)
+
+    @torch.no_grad()
+    def resample(self, x: Tensor, y: Tensor, step: int) -> None:
+        """Point dead latents at rows that are badly rebuilt, and forget their moments.
+
+        Rows are drawn in proportion to the square of their error. A latent's decoder becomes the
+        row's direction, its encoder the same at a fifth of the mean length of the living.
+
+        References
+        ----------
+        Bricken et al. (2023), Towards monosemanticity, appendix on training.
+        """
+        draw = generator((self.config.random_state * 1_000_003 + step) % 2**63)
+        none = [torch.empty(0, dtype=torch.int64) for _ in self.encoders]
+        parts = self.criterion(x, y, none, 0.0).parts
+        out = self.criterion.decoded(parts)
+        for i, (part, dead) in enumerate(zip(parts, self.dead, strict=True)):
+            few = dead.nonzero()[:, 0]
+            if len(few) == 0:
+                continue
+            encoder = part.coder
+            error = (y - out)[:, i:].flatten(1).square().sum(1)
+            chosen = torch.multinomial(
+                error.square().double().cpu() + 1e-300, len(few), replacement=True, generator=draw
+            ).to(x.device)
+            read = encoder.read(encoder.scaled(part.rows).rows)[chosen]
+            wrote = part.relative(part.target)[chosen] - encoder.b_dec
+            living = encoder.encoder[~dead].norm(dim=1)
+            length = 0.2 * (living.mean() if len(living) else 1.0)
+            encoder.encoder[few] = length * torch.nn.functional.normalize(read, dim=1)
+            encoder.decoder[few] = torch.nn.functional.normalize(wrote, dim=1)
+            encoder.b_enc[few] = 0
+            for parameter in (encoder.encoder, encoder.decoder, encoder.b_enc):
+                for name in ("exp_avg", "exp_avg_sq"):
+                    self.optimizer.state[parameter][name][few] = 0
+            self.silent[i, few] = 0
+        self.coder.constrain()
+        self.together.broadcast([p.data for p in self.parameters])
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """The dictionary as it is to be used: of rows unscaled, with its own k, in evaluation."""
+        if self.k is not None:
+            self._set_k(self.k)
+        self.coder.eval()
+        if bool((self.scale_in == 1).all()) and bool((self.scale_out == 1).all()):
+            return
+        if isinstance(self.coder, CrossLayerTranscoder | Crosscoder):
+            self.coder.fold_scale(self.scale_in.flatten(), self.scale_out.flatten())
+        else:
+            self.coder.fold_scale(float(self.scale_in), float(self.scale_out))
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a training goes on from, by name."""
+        found = {f"weights/{name}": value for name, value in self.coder.state_dict().items()}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            found |= {f"moments/{i}/{name}": value for name, value in moments.items()}
+        for name in ("silent", "sums", "scale_in", "scale_out"):
+            found[name] = getattr(self, name)
+        return found | {"n_summed": torch.tensor(self.n_summed)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take on what :meth:`state` gave."""
+        weights = {n.removeprefix("weights/"): v for n, v in state.items() if n[:8] == "weights/"}
+        self.coder.load_state_dict(weights)
+        moments: dict[int, dict[str, Any]] = {}
+        for name, value in state.items():
+            if name.startswith("moments/"):
+                _, i, kind = name.split("/")
+                moments.setdefault(int(i), {})[kind] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        for name in ("silent", "sums", "scale_in", "scale_out"):
+            setattr(self, name, state[name].to(self.coder.device))
+        self.n_summed = int(state["n_summed"])
+
+
+def _to_root_width(rows: Tensor) -> Tensor:
+    """Factor that brings the rows' mean norm to ``sqrt(d)``: (1,), or (n_streams, 1)."""
+    norm = rows.norm(dim=-1, keepdim=True).mean(0)
+    return rows.shape[-1] ** 0.5 / norm.clamp(min=torch.finfo(rows.dtype).tiny)
+
+
+def geometric_median(rows: Tensor, *, max_iter: int = 100, tol: float = 1e-5) -> Tensor:
+    """Point of least summed distance to the rows (n, d), by Weiszfeld's iteration: (d,)."""
+    middle = rows.mean(0)
+    scale = (rows - middle).norm(dim=1).mean()
+    for _ in range(max_iter):
+        weight = 1 / (rows - middle).norm(dim=1).clamp(min=float(scale) * 1e-6 + 1e-30)
+        moved = (rows * weight[:, None]).sum(0) / weight.sum()
+        if bool((moved - middle).norm() <= tol * scale):
+            return moved
+        middle = moved
+    return middle
