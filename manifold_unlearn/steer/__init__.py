@@ -13,8 +13,10 @@ from manifold_unlearn.steer.distribution_distances import (
 )
 from manifold_unlearn.steer.energy import PathComparison, PathEnergy, compare_paths, path_energy
 from manifold_unlearn.steer.formats import (
+    from_layer_activations,
     read_control_vector,
     read_steering_vectors,
+    to_layer_activations,
     write_control_vector,
     write_steering_vectors,
 )
@@ -60,6 +62,7 @@ __all__ = [
     "chord",
     "compare_paths",
     "fit_vectors",
+    "from_layer_activations",
     "geodesic_path",
     "geodesic_ratio",
     "hellinger",
@@ -72,6 +75,7 @@ __all__ = [
     "sweep_rows",
     "sweep_strengths",
     "tangent_path",
+    "to_layer_activations",
     "train_reft",
     "traverse",
     "with_strength",
