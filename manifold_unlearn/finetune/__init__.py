@@ -13,6 +13,9 @@ from manifold_unlearn.finetune.distillation import (
     CEU,
     UNDIAL,
 )
+from manifold_unlearn.finetune.features import (
+    FeatureSuppression,
+)
 from manifold_unlearn.finetune.objectives import (
     objective,
 )
@@ -49,6 +52,7 @@ __all__ = [
     "AdaptiveRMU",
     "CircuitBreaker",
     "Disentangled",
+    "FeatureSuppression",
     "GradDiff",
     "GradientAscent",
     "LoRA",
