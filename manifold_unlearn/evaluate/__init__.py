@@ -26,6 +26,14 @@ from manifold_unlearn.evaluate.dictionary_fidelity import (
     dictionary_fidelities,
     dictionary_fidelity,
 )
+from manifold_unlearn.evaluate.dictionary_recovery import (
+    SpliceFidelity,
+    splice_fidelity,
+)
+from manifold_unlearn.evaluate.dictionary_splice import (
+    ablated,
+    spliced,
+)
 from manifold_unlearn.evaluate.fluency import (
     n_gram_entropy,
     reference_fluency,
@@ -169,6 +177,7 @@ __all__ = [
     "Profile",
     "Reconstruction",
     "ScoredAnswers",
+    "SpliceFidelity",
     "Standing",
     "SteeringCurve",
     "SteeringPoint",
@@ -177,6 +186,7 @@ __all__ = [
     "TokenScores",
     "UnlearningDepth",
     "Yardstick",
+    "ablated",
     "answer_log_probabilities",
     "answer_probability",
     "answer_probability_published",
@@ -238,6 +248,8 @@ __all__ = [
     "score_answers",
     "score_choices",
     "shuffled_weights",
+    "splice_fidelity",
+    "spliced",
     "steered_at",
     "steering_sweep",
     "summarize",
