@@ -292,8 +292,9 @@ class SparseCoder(nn.Module):
         self.encoder.mul_(scale_in)
         for parameter in (self.decoder, self.b_dec):
             parameter.div_(scale_out)
-        if self.rank_by_norm and isinstance(self.nonlinearity, BatchTopK):
-            self.nonlinearity.threshold.div_(scale_out)
+        for rule in self.nonlinearity.modules():
+            if self.rank_by_norm and isinstance(rule, BatchTopK):
+                rule.threshold.div_(scale_out)
         if self.b_in is not None:
             self.b_in.div_(scale_in)
         if self.W_skip is not None:

@@ -104,7 +104,8 @@ class Learner:
             self._set_k(self.config.k_at(step, self.n_steps, self.k))
         x, y = self.arrays(given)
         dead = [row.nonzero()[:, 0] for row in self.dead]
-        judged = self.criterion(x, y, dead, self.config.coefficient(step, self.n_steps))
+        weight = self.config.coefficient(step, self.n_steps, self.criterion.penalty)
+        judged = self.criterion(x, y, dead, weight)
         self.optimizer.zero_grad()
         judged.loss.backward()
         gradients = [p.grad for p in self.parameters if p.grad is not None]

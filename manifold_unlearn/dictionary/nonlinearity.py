@@ -316,9 +316,21 @@ def make_nonlinearity(config: Mapping[str, Any], d_sae: int) -> Nonlinearity:
     ValueError
         An unknown name, or parameters that it does not take.
     """
+    from manifold_unlearn.dictionary.partitioned import PartitionedBatchTopK
+
     given = {key: value for key, value in config.items() if key != "name"}
     kinds: dict[str, Any] = {
-        kind.name: kind for kind in (ReLU, TopK, AbsTopK, GroupMax, BatchTopK, JumpReLU, Gated)
+        kind.name: kind
+        for kind in (
+            ReLU,
+            TopK,
+            AbsTopK,
+            GroupMax,
+            BatchTopK,
+            PartitionedBatchTopK,
+            JumpReLU,
+            Gated,
+        )
     }
     kind = kinds.get(config.get("name", ""))
     if kind is None:

@@ -30,8 +30,9 @@ class DictionaryTraining:
     sparsity : {"auto", "l1", "l0", "tanh", "none"}
         Penalty. "auto": L1 for ReLU and for gates, L0 for JumpReLU, none where a rule of rank
         chooses. "tanh" is a soft count, for JumpReLU and ReLU.
-    sparsity_coefficient : float
-        The L1 penalty is counted in standard deviations of the rows, the others in latents.
+    sparsity_coefficient : float, optional
+        The L1 penalty is counted in standard deviations of the rows, the others in latents. None:
+        0.1 for L1, 0.001 for the others.
     sparsity_warmup : float
         Share of the steps over which the coefficient rises linearly from 0.
     target_l0 : float, optional
@@ -85,7 +86,7 @@ class DictionaryTraining:
     warmup: float = 0.02
     decay: float = 0.2
     sparsity: Sparsity = "auto"
-    sparsity_coefficient: float = 0.01
+    sparsity_coefficient: float | None = None
     sparsity_warmup: float = 0.1
     target_l0: float | None = None
     group_sizes: tuple[int, ...] = ()
@@ -117,11 +118,11 @@ class DictionaryTraining:
         for name in ("warmup", "decay", "sparsity_warmup", "k_anneal"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is a share: from 0 to 1.")
-        for name in (
-            "sparsity_coefficient", "aux_coefficient", "delta_coefficient", "resample_every",
-        ):  # fmt: skip
-            if getattr(self, name) < 0:
+        for name in ("sparsity_coefficient", "aux_coefficient", "delta_coefficient"):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+        if self.resample_every < 0:
+            raise ValueError(f"resample_every={self.resample_every} must not be negative.")
         for name in ("lr", "clip", "target_l0"):
             if (given := getattr(self, name)) is not None and given <= 0:
                 raise ValueError(f"{name}={given} must be positive.")
@@ -141,10 +142,12 @@ class DictionaryTraining:
         down = 1.0 if fall <= 0 else min((n_steps - step) / fall, 1.0)
         return top * min(up, down)
 
-    def coefficient(self, step: int, n_steps: int) -> float:
-        """Coefficient of the sparsity penalty at a step."""
+    def coefficient(self, step: int, n_steps: int, penalty: str) -> float:
+        """Coefficient of a sparsity penalty ("l1", "l0", "tanh") at a step."""
+        full = self.sparsity_coefficient
+        full = full if full is not None else 0.1 if penalty == "l1" else 1e-3
         rise = self.sparsity_warmup * n_steps
-        return self.sparsity_coefficient * (1.0 if rise <= 0 else min((step + 1) / rise, 1.0))
+        return full * (1.0 if rise <= 0 else min((step + 1) / rise, 1.0))
 
     def k_at(self, step: int, n_steps: int, k: int) -> int:
         """The k of a rule of rank at a step, ``k`` being its own."""
