@@ -127,7 +127,8 @@ def forget_mask(y: Any, n_samples: int) -> Tensor:
     """
     if y is None:
         raise ValueError(
-            "requires y to be passed, but the target y is None: y == 1 marks forget rows."
+            "requires y to be passed, but the target y is None: y == 1 marks the rows to forget, or "
+            "with the concept."
         )
     labels = (
         y.detach().cpu()
@@ -143,7 +144,8 @@ def forget_mask(y: Any, n_samples: int) -> Tensor:
         side = "forget" if n_forget == 0 else "retain"
         raise ValueError(
             f"the {side} set is empty: {n_forget} of {n_samples} labels equal 1. "
-            "Label forget rows 1 and retain rows 0; both are needed (one class is not enough)."
+            "Label rows to forget, or with the concept, 1 and the others 0; both are needed (one "
+            "class is not enough)."
         )
     return forget
 
