@@ -77,8 +77,8 @@ class SparseCoder(nn.Module):
     centered : bool, default=False
         Subtract ``b_dec`` from the input (``d_out == d_in``).
     normalization : {"none", "layer_norm", "unit_rms"}, default="none"
-        Of each row of the input, undone at the output: mean 0 and standard deviation 1 (unbiased,
-        plus 1e-5), or norm ``sqrt(d_in)``.
+        Of each row of the input, undone at the output: mean 0 and standard deviation 1 (unbiased;
+        1e-5 is added to it where it divides), or norm ``sqrt(d_in)``.
     rank_by_norm : bool, default=False
         Rules of rank compare ``f * norm(W_dec row)``.
     skip : bool, default=False
@@ -177,8 +177,8 @@ class SparseCoder(nn.Module):
         rows = x.to(self.dtype)
         if self.normalization == "layer_norm":
             mean = rows.mean(-1, keepdim=True)
-            deviation = (rows - mean).std(-1, keepdim=True) + _EPS
-            return Scaled((rows - mean) / deviation, mean, deviation)
+            deviation = (rows - mean).std(-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+            return Scaled((rows - mean) / (deviation + _EPS), mean, deviation)
         if self.normalization == "unit_rms":
             norm = rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
             deviation = norm / self.d_in**0.5

@@ -122,18 +122,19 @@ def test_a_transcoder_is_its_formula():
     np.testing.assert_allclose(coder(x).detach().numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_layer_norm_is_done_and_undone_row_by_row():
+@pytest.mark.parametrize("size", [3, 3e-4])  # the smaller tells where 1e-5 is added
+def test_layer_norm_is_done_and_undone_row_by_row(size):
     options = {"normalization": "layer_norm"}
     sae = stirred(
         SparseAutoencoder(6, 12, {"name": "relu"}, random_state=0, centered=False, **options)
     )
-    x = 5 + 3 * rows(10, 6)
-    z = x.numpy()
+    x = size * (1.5 + rows(10, 6))
+    z = x.numpy().astype(np.float64)
     mean = z.mean(1, keepdims=True)
-    std = z.std(1, ddof=1, keepdims=True) + 1e-5
-    f = np.maximum((z - mean) / std @ sae.W_enc.detach().numpy() + sae.b_enc.detach().numpy(), 0)
+    std = z.std(1, ddof=1, keepdims=True)
+    f = np.maximum((z - mean) / (std + 1e-5) @ sae.W_enc.detach().numpy() + sae.b_enc.detach().numpy(), 0)
     expected = (f @ sae.W_dec.detach().numpy() + sae.b_dec.detach().numpy()) * std + mean
-    np.testing.assert_allclose(sae(x).detach().numpy(), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(sae(x).detach().numpy(), expected, rtol=1e-4, atol=1e-4 * size)
 
 
 def test_new_weights_are_of_unit_rows_and_tied():
