@@ -15,7 +15,8 @@ from manifold_unlearn.dictionary import (
     stream_saved,
 )
 
-TEXTS = [f"the {word} sat on the {word}" for word in "cat dog mat hat bat rat log fog".split()]
+WORDS = ["cat", "dog", "mat", "hat", "bat", "rat", "log", "fog"]
+TEXTS = [f"the {word} sat on the {word}" for word in WORDS]
 
 
 def ids(batches):
