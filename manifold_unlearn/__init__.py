@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from manifold_unlearn import (
         attack,
         comparison,
+        dictionary,
         evaluate,
         finetune,
         manifold,
@@ -64,6 +65,7 @@ _HOME = {
 _ROOMS = (
     "attack",
     "comparison",
+    "dictionary",
     "evaluate",
     "finetune",
     "manifold",
@@ -91,6 +93,7 @@ __all__ = [
     "check_manifold",
     "compare_manifolds",
     "comparison",
+    "dictionary",
     "evaluate",
     "finetune",
     "intervene",

@@ -12,7 +12,7 @@ from torch import Tensor
 from manifold_unlearn.arrays import generator, require_finite
 from manifold_unlearn.dictionary.chosen_latents import columns, evaluated
 from manifold_unlearn.dictionary.crosscoder import Crosscoder
-from manifold_unlearn.dictionary.latent_scaling import LatentScaling, latent_scaling
+from manifold_unlearn.dictionary.latent_scaling import LatentScaling, measure_latent_scaling
 
 THREE = ("target", "unlearned", "reference")
 """Streams of a crosscoder over the model that knows, its unlearned copy, the one never told."""
@@ -98,7 +98,7 @@ def diff_models(
     Raises
     ------
     ValueError
-        Another number of names than streams, a name twice, or as :func:`latent_scaling`.
+        Another number of names than streams, a name twice, or as :func:`measure_latent_scaling`.
     """
     streams = tuple(streams)
     if len(streams) != crosscoder.n_streams or len(set(streams)) != len(streams):
@@ -106,7 +106,7 @@ def diff_models(
             f"streams={streams} must be {crosscoder.n_streams} different names, one a stream of "
             "the crosscoder."
         )
-    scaling = latent_scaling(crosscoder, batches)
+    scaling = measure_latent_scaling(crosscoder, batches)
     absent = scaling.absent(max_error=max_error, max_reconstruction=max_reconstruction)
     return ModelDiff(streams, scaling, ~absent & (scaling.fires > 0)[:, None])
 
@@ -233,8 +233,8 @@ def residual_knowledge(
     labels, number = group.to(rows.device).unique(return_inverse=True)
     if len(labels) < 2:
         raise ValueError(f"{len(labels)} group of rows has no spread; give rows of more texts.")
-    beyond = latent_scaling(crosscoder, background, target=target)
-    here = latent_scaling(crosscoder, [rows], target=target)
+    beyond = measure_latent_scaling(crosscoder, background, target=target)
+    here = measure_latent_scaling(crosscoder, [rows], target=target)
     absent = here.absent(max_error=max_error, max_reconstruction=max_reconstruction)
     conditions = {
         f"fire in {min_forget_rate} of the rows": here.fires >= min_forget_rate,

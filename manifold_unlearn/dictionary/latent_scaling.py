@@ -110,7 +110,7 @@ class LatentScaling:
 
 
 @torch.no_grad()
-def latent_scaling(
+def measure_latent_scaling(
     crosscoder: Crosscoder, batches: Iterable[Tensor], *, target: int | None = None
 ) -> LatentScaling:
     """Presence of every latent in every stream, over batches that are seen once.

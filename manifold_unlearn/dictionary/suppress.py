@@ -44,7 +44,7 @@ class Suppression:
         return after / before
 
 
-def suppress(
+def suppress_features(
     model: Any,
     tokenizer: Any,
     forget: Sequence[Text],

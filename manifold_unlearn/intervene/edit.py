@@ -99,7 +99,7 @@ def _class_of(kind: str, site: str, kinds: Mapping[str, Any]) -> Any:
 
     if kind in kinds:
         return kinds[kind]
-    for room in (manifold_unlearn, manifold_unlearn.steer):
+    for room in (manifold_unlearn, manifold_unlearn.steer, manifold_unlearn.dictionary):
         if kind in room.__all__ and hasattr(getattr(room, kind), "load"):
             return getattr(room, kind)
     raise ValueError(

@@ -163,7 +163,7 @@ def test_saved_and_loaded_alone_and_in_an_edit_it_is_the_same(tmp_path):
     clamp.save(tmp_path / "clamp")
     Edit({"layers.0": clamp}).save(tmp_path / "edit")
     loaded = FeatureClamp.load(tmp_path / "clamp")
-    in_edit = Edit.load(tmp_path / "edit", kinds={"FeatureClamp": FeatureClamp})["layers.0"]
+    in_edit = Edit.load(tmp_path / "edit")["layers.0"]
     for other in (loaded, in_edit):
         assert torch.equal(other.transform(rows), clamp.transform(rows))
 

@@ -101,7 +101,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
     coder, X, y, _, _ = planted()
     eraser = FeatureEraser(coder, 2, value=-1.0).fit(X, y)
     Edit({"layers.0": eraser}).save(tmp_path / "edit")
-    loaded = Edit.load(tmp_path / "edit", kinds={"FeatureEraser": FeatureEraser})["layers.0"]
+    loaded = Edit.load(tmp_path / "edit")["layers.0"]
     assert np.array_equal(loaded.transform(X), eraser.transform(X))
     assert np.array_equal(loaded.ratio_, eraser.ratio_)
     assert loaded.get_params(deep=False)["value"] == -1.0

@@ -8,7 +8,7 @@ from cases import build_model, hooks, same_state, state
 from manifold_unlearn.activations.capture import capture
 from manifold_unlearn.dictionary import SparseAutoencoder
 from manifold_unlearn.dictionary.clamp import FeatureClamp
-from manifold_unlearn.dictionary.suppress import mean_activation, suppress
+from manifold_unlearn.dictionary.suppress import mean_activation, suppress_features
 from manifold_unlearn.finetune.features import FeatureSuppression
 from manifold_unlearn.finetune.train import TrainConfig, train
 from manifold_unlearn.finetune.trainable import LoRA
@@ -47,7 +47,9 @@ def activation_by_hand(model, tokenizer, clamp, texts):
 def test_the_closed_form_lowers_what_the_latents_activate(llama, tokenizer):
     clamp = frequent(llama, tokenizer)
     before = state(llama)
-    found = suppress(llama, tokenizer, FORGET, RETAIN, {SITE: clamp}, ridge=0.01, layers=[1])
+    found = suppress_features(
+        llama, tokenizer, FORGET, RETAIN, {SITE: clamp}, ridge=0.01, layers=[1]
+    )
     assert same_state(llama, before)
     assert hooks(found.model) == hooks(llama)
     was, now = found.activation[SITE]
@@ -68,7 +70,9 @@ def test_a_higher_ridge_holds_the_retain_states_better(llama, tokenizer):
     clamp = frequent(llama, tokenizer)
     moved = []
     for ridge in (0.01, 10.0):
-        found = suppress(llama, tokenizer, FORGET, RETAIN, {SITE: clamp}, ridge=ridge, layers=[1])
+        found = suppress_features(
+            llama, tokenizer, FORGET, RETAIN, {SITE: clamp}, ridge=ridge, layers=[1]
+        )
         moved.append(found.bake.retain_moved[1])
     assert moved[1] < 0.5 * moved[0]
 
@@ -149,11 +153,11 @@ def test_mean_activation_leaves_out_first_tokens(llama, tokenizer):
 def test_bad_input_is_refused(llama, tokenizer):
     clamp = frequent(llama, tokenizer)
     with pytest.raises(ValueError, match="clamps is empty"):
-        suppress(llama, tokenizer, FORGET, RETAIN, {})
+        suppress_features(llama, tokenizer, FORGET, RETAIN, {})
     with pytest.raises(ValueError, match="clamps is empty"):
         FeatureSuppression({})
     with pytest.raises(ValueError, match="the map at 'layers.1' is a float"):
-        suppress(llama, tokenizer, FORGET, RETAIN, {SITE: 1.0})
+        suppress_features(llama, tokenizer, FORGET, RETAIN, {SITE: 1.0})
     with pytest.raises(ValueError, match="the map at 'layers.1' is a float"):
         FeatureSuppression({SITE: 1.0})
     with pytest.raises(ValueError, match=r"alpha=-1\.0 must be finite"):
@@ -161,4 +165,4 @@ def test_bad_input_is_refused(llama, tokenizer):
     with torch.no_grad():
         clamp.coder.b_enc.fill_(-1e4)
     with pytest.raises(ValueError, match="the hooks change no token"):
-        suppress(llama, tokenizer, FORGET, RETAIN, {SITE: clamp})
+        suppress_features(llama, tokenizer, FORGET, RETAIN, {SITE: clamp})

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from manifold_unlearn.dictionary import Crosscoder
-from manifold_unlearn.dictionary.latent_scaling import latent_scaling
+from manifold_unlearn.dictionary.latent_scaling import measure_latent_scaling
 
 D, LATENTS, STREAMS = 10, 10, 3
 
@@ -48,7 +48,7 @@ def strengths():
 
 def test_the_ratios_are_the_planted_strengths():
     made, rows, code = planted(strengths())
-    found = latent_scaling(made, rows.split(90))
+    found = measure_latent_scaling(made, rows.split(90))
     target = strengths().argmax(1)
     assert found.target[:4].tolist() == target[:4].tolist() == [0, 0, 0, 2]
     expected = strengths() / strengths().max(1, keepdims=True)
@@ -68,7 +68,7 @@ def test_the_ratios_are_the_planted_strengths():
 
 def test_delta_norm_is_its_formula():
     made, rows, _ = planted(strengths())
-    found = latent_scaling(made, [rows])
+    found = measure_latent_scaling(made, [rows])
     a, b = strengths()[:, 0], strengths()[:, 2]
     expected = 0.5 * ((b - a) / np.maximum(a, b) + 1)
     np.testing.assert_allclose(found.delta_norm(0, 2), expected, atol=1e-6)
@@ -79,7 +79,7 @@ def test_coefficients_are_those_of_least_squares_latent_by_latent():
     decoder, encoder = draw.normal(size=(2, 16, 2, 6))
     made = crosscoder_of(decoder, encoder, 0.5)
     rows = torch.tensor(draw.normal(size=(200, 2, 6)), dtype=torch.float32)
-    found = latent_scaling(made, rows.split(64), target=1)
+    found = measure_latent_scaling(made, rows.split(64), target=1)
     with torch.no_grad():
         f = made.encode(rows).double().numpy()
         made_of = made(rows).double().numpy()
@@ -102,7 +102,7 @@ def test_complete_shrinkage_is_flagged_and_not_called_exclusive():
     made, rows, _ = planted(strengths())
     with torch.no_grad():  # the crosscoder denies the second stream a latent that it has
         made.W_dec[5, 1] = 0
-    found = latent_scaling(made, [rows])
+    found = measure_latent_scaling(made, [rows])
     assert float(found.nu_error[5, 1]) == pytest.approx(1, abs=0.02)
     assert found.shrunk().nonzero().tolist() == [[5, 1]]
     assert not bool(found.absent()[5, 1])
@@ -118,7 +118,7 @@ def test_latent_decoupling_is_flagged_and_not_called_exclusive():
         made.b_enc[6] = made.b_enc[7]
         made.W_dec[6, 1] = 0  # the one writes to the first and third, the other to the second
         made.W_dec[7, [0, 2]] = 0
-    found = latent_scaling(made, [rows])
+    found = measure_latent_scaling(made, [rows])
     assert found.decoupled().nonzero().tolist() == [[6, 1], [7, 0], [7, 2]]
     assert found.shrunk().nonzero().tolist() == []
     assert not found.exclusive()[[6, 7]].any()
@@ -129,7 +129,7 @@ def test_a_silent_latent_is_nowhere_and_exclusive_to_none():
     made, rows, _ = planted(strengths())
     with torch.no_grad():
         made.b_enc[0] = -100
-    found = latent_scaling(made, [rows])
+    found = measure_latent_scaling(made, [rows])
     assert float(found.fires[0]) == 0
     assert found.error[0].tolist() == [0, 0, 0]
     assert not found.absent()[0].any()
@@ -141,7 +141,7 @@ def test_batchtopk_counts_by_its_threshold_whatever_the_batches():
     rows = torch.randn(60, 2, 6, generator=torch.Generator().manual_seed(0))
     made(rows)  # learns a threshold
     made.train()
-    whole, parts = latent_scaling(made, [rows]), latent_scaling(made, rows.split(7))
+    whole, parts = measure_latent_scaling(made, [rows]), measure_latent_scaling(made, rows.split(7))
     torch.testing.assert_close(whole.error, parts.error)
     assert made.training
 
@@ -149,12 +149,12 @@ def test_batchtopk_counts_by_its_threshold_whatever_the_batches():
 def test_bad_input_is_refused():
     made, rows, _ = planted(strengths())
     with pytest.raises(ValueError, match="target=3 is no stream"):
-        latent_scaling(made, [rows], target=3)
+        measure_latent_scaling(made, [rows], target=3)
     with pytest.raises(ValueError, match="no rows"):
-        latent_scaling(made, [])
+        measure_latent_scaling(made, [])
     with pytest.raises(ValueError, match="rows have shape"):
-        latent_scaling(made, [rows[:, :2]])
+        measure_latent_scaling(made, [rows[:, :2]])
     broken = rows.clone()
     broken[4] = float("nan")
     with pytest.raises(ValueError, match="the first is row 4"):
-        latent_scaling(made, [broken])
+        measure_latent_scaling(made, [broken])
