@@ -95,7 +95,7 @@ def violations(module, source):
         if not (standard or inside or typed or top in ON_TOP):
             found.append(f"imports {top} outside a function")
     for node in ast.walk(tree):
-        found += _against_calls(room, node)
+        found += _against_calls(module, node)
         if isinstance(node, ast.ClassDef):
             found += _against_bases(node, origin)
     return found
@@ -112,14 +112,23 @@ def _against_layers(room, target, inside):
     return f"{room} imports {aim}"
 
 
-def _against_calls(room, node):
+READS_CHECKPOINTS = "manifold_unlearn.dictionary.formats."
+"""Here alone torch.load is called, on the files of others, with weights_only=True."""
+
+
+def _against_calls(module, node):
+    if isinstance(node, ast.ImportFrom) and node.module == "torch":
+        return ["calls torch.load"] * any(name.name == "load" for name in node.names)
     if isinstance(node, ast.Call):
         called = ast.unparse(node.func)
-        if called == "print" and room != "cli":
+        keywords = {k.arg: k.value for k in node.keywords}
+        if called == "print" and room_of(module) != "cli":
             return ["prints"]
         if called == "torch.load":
-            return ["calls torch.load"]
-        keywords = {k.arg: k.value for k in node.keywords}
+            only = keywords.get("weights_only")
+            safe = only is not None and ast.unparse(only) == "True"
+            if not (safe and module.startswith(READS_CHECKPOINTS)):
+                return ["calls torch.load"]
         if (code := keywords.get("trust_remote_code")) and ast.unparse(code) != "False":
             return ["trusts remote code"]
     if isinstance(node, ast.Dict):
@@ -177,6 +186,12 @@ def test_a_module_keeps_the_rules_of_the_house(path):
         ("erase", "def f():\n import pickle", "imports pickle"),
         ("erase", "def f():\n print(1)", "prints"),
         ("erase", "import torch\ntorch.load('x')", "calls torch.load"),
+        ("erase", "import torch\ntorch.load('x', weights_only=True)", "calls torch.load"),
+        ("erase", "from torch import load", "calls torch.load"),
+        ("dictionary", "import torch\ntorch.load('x', weights_only=True)", "calls torch.load"),
+        ("dictionary.formats", "import torch\ntorch.load('x')", "calls torch.load"),
+        ("dictionary.formats", "import torch\ntorch.load('x', weights_only=y)", "calls torch.load"),
+        ("dictionary.formats", "def f():\n import pickle", "imports pickle"),
         ("activations", "f(trust_remote_code=True)", "trusts remote code"),
         ("activations", "f(**{'trust_remote_code': x})", "trusts remote code"),
         ("erase", "from sklearn.linear_model import Ridge\nclass A(Ridge): pass", "subclasses"),
@@ -195,6 +210,7 @@ def test_a_breach_of_the_rules_is_found(room, line, words):
         ("report", "def f():\n import matplotlib"),
         ("report", "if TYPE_CHECKING:\n from matplotlib.figure import Figure"),
         ("cli", "print(1)"),
+        ("dictionary.formats", "import torch\ntorch.load('x', weights_only=True)"),
         ("erase", "import torch.nn as nn\nclass A(nn.Module): pass"),
         ("erase", "from sklearn.base import OneToOneMixin\nclass A(OneToOneMixin): pass"),
     ],
