@@ -132,7 +132,9 @@ def test_layer_norm_is_done_and_undone_row_by_row(size):
     z = x.numpy().astype(np.float64)
     mean = z.mean(1, keepdims=True)
     std = z.std(1, ddof=1, keepdims=True)
-    f = np.maximum((z - mean) / (std + 1e-5) @ sae.W_enc.detach().numpy() + sae.b_enc.detach().numpy(), 0)
+    f = np.maximum(
+        (z - mean) / (std + 1e-5) @ sae.W_enc.detach().numpy() + sae.b_enc.detach().numpy(), 0
+    )
     expected = (f @ sae.W_dec.detach().numpy() + sae.b_dec.detach().numpy()) * std + mean
     np.testing.assert_allclose(sae(x).detach().numpy(), expected, rtol=1e-4, atol=1e-4 * size)
 
