@@ -19,12 +19,21 @@ from manifold_unlearn.evaluate.depth_control import (
     controlled_depth,
 )
 from manifold_unlearn.evaluate.detection import Detection, detect_texts, detection_auroc
+from manifold_unlearn.evaluate.dictionary_absorption import (
+    Absorption,
+    AbsorptionRule,
+    feature_absorption,
+)
 from manifold_unlearn.evaluate.dictionary_fidelity import (
     DictionaryFidelity,
     LatentUse,
     Reconstruction,
     dictionary_fidelities,
     dictionary_fidelity,
+)
+from manifold_unlearn.evaluate.dictionary_probing import (
+    SparseProbing,
+    sparse_probing,
 )
 from manifold_unlearn.evaluate.dictionary_recovery import (
     SpliceFidelity,
@@ -157,6 +166,8 @@ from manifold_unlearn.evaluate.suites import (
 )
 
 __all__ = [
+    "Absorption",
+    "AbsorptionRule",
     "Aggregates",
     "Change",
     "ChoiceQuestion",
@@ -177,6 +188,7 @@ __all__ = [
     "Profile",
     "Reconstruction",
     "ScoredAnswers",
+    "SparseProbing",
     "SpliceFidelity",
     "Standing",
     "SteeringCurve",
@@ -209,6 +221,7 @@ __all__ = [
     "exact_memorization_published",
     "extraction_strength",
     "extraction_strength_published",
+    "feature_absorption",
     "forget_quality",
     "frozen_head_drop",
     "gradient_norms",
@@ -248,6 +261,7 @@ __all__ = [
     "score_answers",
     "score_choices",
     "shuffled_weights",
+    "sparse_probing",
     "splice_fidelity",
     "spliced",
     "steered_at",
