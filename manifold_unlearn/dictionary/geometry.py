@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -54,6 +54,17 @@ class Coherence:
     def duplicates(self, threshold: float = 0.9) -> np.ndarray:
         """Latents whose nearest is at least so near: int64."""
         return self.latents[self.cosine >= threshold]
+
+
+class Correlated(NamedTuple):
+    """Latents most correlated with each, by activation; all arrays (n_latents, n_neighbors)."""
+
+    latents: np.ndarray
+    """int64; -1 where fewer than so many ever fire together with it"""
+    correlation: np.ndarray
+    """float64: Pearson's; 0 beside -1"""
+    cosine: np.ndarray
+    """float64: of the columns of activations"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,20 +182,13 @@ def co_activation(code: Any) -> csr_array:
     return csr_array((together.data / union, (row, column)), shape=together.shape)
 
 
-def correlated_latents(code: Any, n_neighbors: int = 3) -> tuple[np.ndarray, np.ndarray]:
+def correlated_latents(code: Any, n_neighbors: int = 3) -> Correlated:
     """The latents most correlated with each, over the rows of a code.
 
     Parameters
     ----------
     code : SparseCode, or array or Tensor of shape (n, n_latents)
     n_neighbors : int, default=3
-
-    Returns
-    -------
-    latents : array of shape (n_latents, n_neighbors), int64
-        -1 where fewer than so many ever fire together with it.
-    correlation : array of shape (n_latents, n_neighbors), float64
-        Pearson's, of activations; 0 beside -1.
     """
     if n_neighbors < 1:
         raise ValueError(f"n_neighbors={n_neighbors} must be at least 1.")
@@ -196,17 +200,20 @@ def correlated_latents(code: Any, n_neighbors: int = 3) -> tuple[np.ndarray, np.
     product = (values.T @ values).tocoo()
     row, column = product.coords
     apart = (row != column) & (deviation[row] > 0) & (deviation[column] > 0)
-    row, column, data = row[apart], column[apart], product.data[apart]
-    found = (data / n - mean[row] * mean[column]) / (deviation[row] * deviation[column])
-    order = np.lexsort((column, -found, row))
-    row, column, found = row[order], column[order], found[order]
+    row, column, data = row[apart], column[apart], product.data[apart] / n
+    pearson = (data - mean[row] * mean[column]) / (deviation[row] * deviation[column])
+    order = np.lexsort((column, -pearson, row))
+    row, column, pearson, data = (part[order] for part in (row, column, pearson, data))
     rank = np.arange(len(row)) - np.searchsorted(row, row)
     kept = rank < n_neighbors
-    latents = np.full((m, n_neighbors), -1)
-    correlation = np.zeros((m, n_neighbors))
-    latents[row[kept], rank[kept]] = column[kept]
-    correlation[row[kept], rank[kept]] = found[kept]
-    return latents, correlation
+    row, column, rank = row[kept], column[kept], rank[kept]
+    found = Correlated(
+        np.full((m, n_neighbors), -1), np.zeros((m, n_neighbors)), np.zeros((m, n_neighbors))
+    )
+    found.latents[row, rank] = column
+    found.correlation[row, rank] = pearson[kept]
+    found.cosine[row, rank] = data[kept] / np.sqrt(square[row] * square[column])
+    return found
 
 
 def latent_clusters(

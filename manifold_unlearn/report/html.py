@@ -22,8 +22,9 @@ _DOTS_PER_INCH = 180
 _NOTHING = "–"
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-_STYLE = """
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+"""What a page may load: nothing."""
+STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --muted: #5f5f5f; --page: #ffffff;
   --rule: #d9d9d9; --band: #f5f6f7; --accent: #0072b2; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --muted: #a6a6a6; --page: #15181b;
@@ -111,11 +112,11 @@ class Report:
 
     def heading(self, text: str) -> Self:
         """Begin a section."""
-        return self._add(f"<h2>{_escape(_required(text, 'heading'))}</h2>")
+        return self._add(f"<h2>{escape(_required(text, 'heading'))}</h2>")
 
     def paragraph(self, text: str) -> Self:
         """Add a paragraph; line breaks in it stand."""
-        return self._add(f"<p>{_escape(text)}</p>")
+        return self._add(f"<p>{escape(text)}</p>")
 
     def table(
         self, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, caption: str = ""
@@ -147,7 +148,7 @@ class Report:
             for place in range(len(columns))
         ]
         head = "".join(
-            f'<th scope="col"{_number_class(number)}>{_escape(str(name))}</th>'
+            f'<th scope="col"{_number_class(number)}>{escape(str(name))}</th>'
             for name, number in zip(columns, numeric, strict=True)
         )
         body = "\n".join(_table_row(row, numeric) for row in rows)
@@ -171,12 +172,12 @@ class Report:
         ValueError
             An empty ``alt``.
         """
-        described = _escape(_required(alt, "alt text of the figure"))
+        described = escape(_required(alt, "alt text of the figure"))
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png", dpi=_DOTS_PER_INCH)
         data = base64.b64encode(drawn.getvalue()).decode("ascii")
         width = round(96 * figure.get_figwidth())
-        note = f"\n<figcaption>{_escape(caption)}</figcaption>" if caption else ""
+        note = f"\n<figcaption>{escape(caption)}</figcaption>" if caption else ""
         return self._add(
             f'<figure>\n<img width="{width}" alt="{described}" src="data:image/png;base64,{data}">'
             f"{note}\n</figure>"
@@ -210,21 +211,21 @@ class Report:
 
     def details(self, summary: str, text: str) -> Self:
         """Add preformatted ``text`` behind ``summary``, folded until it is clicked."""
-        label = _escape(_required(summary, "summary of the details"))
+        label = escape(_required(summary, "summary of the details"))
         return self._add(
-            f"<details>\n<summary>{label}</summary>\n<pre>{_escape(text)}</pre>\n</details>"
+            f"<details>\n<summary>{label}</summary>\n<pre>{escape(text)}</pre>\n</details>"
         )
 
     def to_html(self) -> str:
         """Whole page as text."""
-        title = _escape(self.title)
-        subtitle = f'\n<p class="subtitle">{_escape(self.subtitle)}</p>' if self.subtitle else ""
+        title = escape(self.title)
+        subtitle = f'\n<p class="subtitle">{escape(self.subtitle)}</p>' if self.subtitle else ""
         blocks = "\n".join(self._blocks)
         return (
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+            f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
             f"<header>\n<h1>{title}</h1>{subtitle}\n</header>\n{blocks}\n"
             "</main>\n</body>\n</html>\n"
         )
@@ -252,7 +253,7 @@ def _required(text: str, what: str) -> str:
     return text
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """``text`` safe between tags and in quotes; what HTML cannot hold as a visible stand-in."""
     text = _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
     return html.escape(_CONTROL.sub(_picture, text.replace("\r\n", "\n")))
@@ -267,7 +268,7 @@ def _generated(text: Any) -> str:
     text = str(text)
     if not text:
         return '<span class="nothing">(nothing)</span>'
-    return _escape(text).replace("\n", '<span class="newline" aria-hidden="true">↵</span>\n')
+    return escape(text).replace("\n", '<span class="newline" aria-hidden="true">↵</span>\n')
 
 
 def _sample_row(row: Mapping[str, Any]) -> str:
@@ -282,9 +283,9 @@ def _sample_row(row: Mapping[str, Any]) -> str:
 
 
 def _table(head: str, body: str, caption: str, kind: str = "") -> str:
-    title = f"\n<caption>{_escape(caption)}</caption>" if caption else ""
+    title = f"\n<caption>{escape(caption)}</caption>" if caption else ""
     css_class = f' class="{kind}"' if kind else ""
-    name = _escape(caption or "Table")
+    name = escape(caption or "Table")
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{name}">\n'
         f"<table{css_class}>{title}\n<thead>\n<tr>{head}</tr>\n</thead>\n"
@@ -296,7 +297,7 @@ def _table_row(row: Sequence[Any], numeric: Sequence[bool]) -> str:
     cells = []
     for place, (value, number) in enumerate(zip(row, numeric, strict=True)):
         tag, scope = ("th", ' scope="row"') if place == 0 else ("td", "")
-        cells.append(f"<{tag}{scope}{_number_class(number)}>{_escape(_cell(value))}</{tag}>")
+        cells.append(f"<{tag}{scope}{_number_class(number)}>{escape(shown(value))}</{tag}>")
     return f"<tr>{''.join(cells)}</tr>"
 
 
@@ -313,7 +314,8 @@ def _scalar(value: Any) -> Any:
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
 
 
-def _cell(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as tables show it: three significant digits, None and NaN as a dash."""
     value = _scalar(value)
     if value is None:
         return _NOTHING

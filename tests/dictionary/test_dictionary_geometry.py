@@ -130,11 +130,15 @@ def test_co_activation_is_the_jaccard_index_and_correlation_is_pearson_s():
     np.testing.assert_allclose(
         co_activation(codes).toarray(), np.where(either, both / np.maximum(either, 1), 0)
     )
-    latents, correlation = correlated_latents(codes, 5)
+    latents, correlation, cosine = correlated_latents(codes, 5)
     expected = np.corrcoef(codes[:, :6].T) - 2 * np.eye(6)
     np.testing.assert_array_equal(latents[:6], np.argsort(-expected, axis=1)[:, :5])
     np.testing.assert_allclose(correlation[:6], -np.sort(-expected, axis=1)[:, :5], atol=1e-12)
     assert latents[6].tolist() == [-1] * 5
+    columns = codes[:, :6] / np.linalg.norm(codes[:, :6], axis=0)
+    np.testing.assert_allclose(
+        cosine[:6], np.take_along_axis(columns.T @ columns, latents[:6], 1), atol=1e-12
+    )
 
 
 def test_duplicates_are_grouped_and_coherence_measured():
