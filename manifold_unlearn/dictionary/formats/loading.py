@@ -54,7 +54,7 @@ FORMATS = tuple(_FAMILIES)
 """Names of the formats that are read."""
 
 _KEYWORDS = sorted({name for family in _FAMILIES.values() for name in family.takes})
-_DEPTH = 3
+_DEPTH, _MANY = 4, 5000  # levels of directories that are looked into, and how many at most
 
 
 def load(path: str | Path, format: str = "auto", **which: Any) -> Coder:  # noqa: A002
@@ -151,7 +151,13 @@ def _inside(source: Source) -> Path:
     level = [source.directory] if source.path.is_dir() else []
     for _ in range(_DEPTH):
         level = sorted(inner for outer in level for inner in outer.iterdir() if inner.is_dir())
-        found += [inner for inner in level if _recognized(Source(inner)) is not None]
+        if len(level) > _MANY:
+            raise DictionaryFormatError(
+                f"{source} holds {len(level)} directories; give the path of a dictionary."
+            )
+        known = {inner for inner in level if _recognized(Source(inner)) is not None}
+        found += sorted(known)
+        level = [inner for inner in level if inner not in known]
     if len(found) == 1:
         return found[0]
     if found:
@@ -160,9 +166,9 @@ def _inside(source: Source) -> Path:
             f"{source} holds {len(found)} dictionaries ({listed}{', ...' * (len(found) > 20)}); "
             "give the path of one."
         )
-    known = "; ".join(f"{family.name} ({family.holds})" for family in _FAMILIES.values())
+    formats = "; ".join(f"{family.name} ({family.holds})" for family in _FAMILIES.values())
     raise DictionaryFormatError(
-        f"{source} holds {_held(source)}: no format that is known. Those are {known}."
+        f"{source} holds {_held(source)}: no format that is known. Those are {formats}."
     )
 
 
