@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from manifold_unlearn import __version__
-from manifold_unlearn.cli import attack, capture, demo, evaluate, steer, unlearn
+from manifold_unlearn.cli import attack, capture, demo, evaluate, steer, train_dictionary, unlearn
 
-VERBS = (demo, capture, unlearn, evaluate, attack, steer)
+VERBS = (demo, capture, unlearn, evaluate, attack, steer, train_dictionary)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

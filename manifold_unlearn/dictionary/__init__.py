@@ -18,6 +18,12 @@ from manifold_unlearn.dictionary.difference_lens import (
     activation_difference,
 )
 from manifold_unlearn.dictionary.feature_eraser import FeatureEraser
+from manifold_unlearn.dictionary.formats import (
+    FORMATS,
+    DictionaryFormatError,
+    load,
+    save,
+)
 from manifold_unlearn.dictionary.guardrail import FeatureGuardrail
 from manifold_unlearn.dictionary.latent_scaling import LatentScaling, measure_latent_scaling
 from manifold_unlearn.dictionary.nonlinearity import make_nonlinearity
@@ -34,10 +40,12 @@ from manifold_unlearn.dictionary.train import train_dictionaries
 from manifold_unlearn.dictionary.transcoder import Transcoder
 
 __all__ = [
+    "FORMATS",
     "ActivationDifference",
     "CrossLayerTranscoder",
     "Crosscoder",
     "DecoderSpanEraser",
+    "DictionaryFormatError",
     "DictionaryTraining",
     "FeatureClamp",
     "FeatureEraser",
@@ -55,9 +63,11 @@ __all__ = [
     "Transcoder",
     "activation_difference",
     "diff_models",
+    "load",
     "make_nonlinearity",
     "measure_latent_scaling",
     "residual_knowledge",
+    "save",
     "stream_activations",
     "stream_paired",
     "stream_rows",
