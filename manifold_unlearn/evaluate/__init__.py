@@ -43,6 +43,16 @@ from manifold_unlearn.evaluate.dictionary_splice import (
     ablated,
     spliced,
 )
+from manifold_unlearn.evaluate.dictionary_tpp import (
+    TargetedPerturbation,
+    targeted_perturbation,
+)
+from manifold_unlearn.evaluate.dictionary_unlearning import (
+    DictionaryUnlearning,
+    UnlearningSetting,
+    dictionary_unlearning,
+    forget_latents,
+)
 from manifold_unlearn.evaluate.fluency import (
     n_gram_entropy,
     reference_fluency,
@@ -175,6 +185,7 @@ __all__ = [
     "ControlledDepth",
     "Detection",
     "DictionaryFidelity",
+    "DictionaryUnlearning",
     "EvaluationSets",
     "ForgettingReport",
     "Judgement",
@@ -195,8 +206,10 @@ __all__ = [
     "SteeringPoint",
     "SteeringProbe",
     "Subject",
+    "TargetedPerturbation",
     "TokenScores",
     "UnlearningDepth",
+    "UnlearningSetting",
     "Yardstick",
     "ablated",
     "answer_log_probabilities",
@@ -216,12 +229,14 @@ __all__ = [
     "detection_auroc",
     "dictionary_fidelities",
     "dictionary_fidelity",
+    "dictionary_unlearning",
     "evaluate_forgetting",
     "exact_memorization",
     "exact_memorization_published",
     "extraction_strength",
     "extraction_strength_published",
     "feature_absorption",
+    "forget_latents",
     "forget_quality",
     "frozen_head_drop",
     "gradient_norms",
@@ -267,6 +282,7 @@ __all__ = [
     "steered_at",
     "steering_sweep",
     "summarize",
+    "targeted_perturbation",
     "text_log_probabilities",
     "text_scores",
     "token_memorization",

@@ -150,10 +150,10 @@ def feature_absorption(
     own, whole = codes[right], X[right] @ w
     silent = columns(own, np.array(main)).max(axis=1) < SILENT
     found = []
-    for part in row_blocks(len(whole), _BLOCK):
-        carried = own[part].multiply(share[None]).toarray()
-        full, absorbing = _full(carried, silent[part], whole[part], cosine, rule)
-        found.append((full, absorbing, _fraction(carried, main, whole[part], cosine, rule)))
+    for block in row_blocks(len(whole), _BLOCK):
+        carried = own[block].multiply(share[None]).toarray()
+        full, absorbing = _full(carried, silent[block], whole[block], cosine, rule)
+        found.append((full, absorbing, _fraction(carried, main, whole[block], cosine, rule)))
     full, absorbing, fraction = (np.concatenate(values) for values in zip(*found, strict=True))
     return Absorption(
         tuple(main),

@@ -273,6 +273,38 @@ def ablated(
 
 
 @contextmanager
+def edited_but(
+    model: nn.Module,
+    site_maps: Mapping[str, Callable[[Tensor], Tensor]],
+    *,
+    leave_tokens: Collection[int] = (),
+    sink_ratio: float | None = None,
+    tokens: EditedTokens = "all",
+) -> Iterator[nn.Module]:
+    """As :func:`~manifold_unlearn.intervene.hooks.intervene`, with some tokens left alone.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    site_maps : mapping of str to callable
+        Maps ``(..., d) -> (..., d)``, none of them sequential.
+    leave_tokens, sink_ratio, tokens
+        As :func:`spliced`.
+    """
+    left = LeftAlone(leave_tokens, sink_ratio)
+
+    def made(site_map: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda _, h: site_map(h)
+
+    maps = {
+        site: _Replacing(made(site_map), getattr(site_map, "n_features_in_", None), left)
+        for site, site_map in site_maps.items()
+    }
+    with _replaced(model, maps, left, tokens):
+        yield model
+
+
+@contextmanager
 def _replaced(
     model: nn.Module, maps: Mapping[str, Any], left: LeftAlone, tokens: EditedTokens
 ) -> Iterator[None]:
