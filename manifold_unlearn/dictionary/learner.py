@@ -54,7 +54,12 @@ class Learner:
         self.scale_in = self.scale_out = torch.ones(1, dtype=coder.dtype, device=device)
         self.parameters = [p for p in coder.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.parameters, betas=config.betas, fused=True)
-        self.k = getattr(self.encoders[0].nonlinearity, "k", None)
+        k = getattr(self.encoders[0].nonlinearity, "k", None)
+        self.k = k if isinstance(k, int) else None
+        if config.k_start is not None and self.k is None:
+            raise ValueError(
+                f"k_start={config.k_start}: dictionary {name!r} has no k to come down to."
+            )
         alone = not isinstance(coder, Crosscoder | CrossLayerTranscoder)
         self.unit_norm = alone if config.unit_norm is None else config.unit_norm
 
@@ -74,23 +79,45 @@ class Learner:
 
     @torch.no_grad()
     def begin(self, first: Sequence[Given]) -> None:
-        """Measure the scale on the first rows, and center ``b_dec`` where it is 0."""
+        """Measure center and scale on the first rows, and start the biases there.
+
+        ``b_dec`` becomes the center of what is to be written, and ``b_enc`` what takes the center
+        of the rows off, where the dictionary does not subtract it; each only if it is 0.
+        """
         if self.unit_norm:
             self._to_unit_norm()
         pairs = [self.arrays(given) for given in first]
         x, y = (torch.cat([pair[i] for pair in pairs]) for i in (0, 1))
-        plain = all(encoder.normalization == "none" for encoder in self.encoders)
-        if self.config.normalize and plain:
-            self.scale_in = self.together.mean(_to_root_width(x))
+        if all(encoder.normalization == "none" for encoder in self.encoders):
             paired = any(isinstance(given, tuple) for given in first)
-            self.scale_out = self.together.mean(_to_root_width(y)) if paired else self.scale_in
-        fresh = not bool(self.coder.b_dec.any())
-        if self.config.center != "keep" and fresh and plain:
-            rows = (y * self.scale_out).flatten(1)
-            middle = rows.mean(0) if self.config.center == "mean" else geometric_median(rows)
-            self.coder.b_dec.copy_(middle.reshape(self.coder.b_dec.shape))
+            into = self._center(x)
+            out = self._center(y) if paired else into
+            if self.config.normalize:
+                self.scale_in = self.together.mean(_to_root_width(x - into))
+                self.scale_out = self.scale_in
+                if paired:
+                    self.scale_out = self.together.mean(_to_root_width(y - out))
+            if self.config.center != "keep":
+                self._begin_biases(into * self.scale_in, out * self.scale_out)
         self.together.broadcast([p.data for p in self.coder.parameters()])
         self.together.broadcast(self.coder.buffers())
+
+    def _center(self, rows: Tensor) -> Tensor:
+        """Of each stream its own."""
+        if self.config.center == "mean":
+            return rows.mean(0)
+        if rows.ndim == 2:
+            return geometric_median(rows)
+        return torch.stack([geometric_median(stream) for stream in rows.unbind(1)])
+
+    def _begin_biases(self, into: Tensor, out: Tensor) -> None:
+        if bool(self.coder.b_dec.any()):
+            return
+        self.coder.b_dec.copy_(out.reshape(self.coder.b_dec.shape))
+        layers = isinstance(self.coder, CrossLayerTranscoder)
+        for i, encoder in enumerate(self.encoders):
+            if not (encoder.centered or encoder.b_in is not None or encoder.b_enc.any()):
+                encoder.b_enc.sub_(encoder.encoder @ (into[i] if layers else into.flatten()))
 
     def step(self, given: Given, step: int) -> None:
         """One update; ``step`` counts from 0.
@@ -153,7 +180,7 @@ class Learner:
         dead = float(self.dead.double().mean())
         return Measured(self.name, step, n_tokens, loss, fvu, l0, dead)
 
-    def _set_k(self, k: int | tuple[int, ...]) -> None:
+    def _set_k(self, k: int) -> None:
         for encoder in self.encoders:
             encoder.nonlinearity.k = k  # type: ignore[assignment]
 
@@ -209,12 +236,15 @@ class Learner:
         self.coder.constrain()
         self.together.broadcast([p.data for p in self.parameters])
 
-    @torch.no_grad()
-    def finish(self) -> None:
-        """The dictionary as it is to be used: of rows unscaled, with its own k, in evaluation."""
+    def leave(self) -> None:
+        """The dictionary with its own k, in evaluation mode."""
         if self.k is not None:
             self._set_k(self.k)
         self.coder.eval()
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Make it a dictionary of rows that are not scaled."""
         if bool((self.scale_in == 1).all()) and bool((self.scale_out == 1).all()):
             return
         if isinstance(self.coder, CrossLayerTranscoder | Crosscoder):

@@ -58,10 +58,11 @@ class DictionaryTraining:
         Keep the decoder's rows at norm 1. None: yes, but for crosscoders and cross-layer
         transcoders, whose lengths say how much a latent belongs to a stream.
     normalize : bool
-        Train on rows of mean norm ``sqrt(d)``, measured on the first rows; folded into the weights
-        at the end.
+        Train on rows whose mean distance from their center is ``sqrt(d)``, measured on the first
+        rows; folded into the weights at the end.
     center : {"geometric_median", "mean", "keep"}
-        What ``b_dec`` begins as, where it is 0.
+        The center of the first rows, where ``b_dec`` begins if it is 0; "keep" leaves biases as
+        they are.
     first_rows : int
         Rows to measure scale and center on.
     dtype : {"float32", "bfloat16"}

@@ -106,9 +106,12 @@ def train_dictionaries(
         except KeyboardInterrupt:
             run.save()
             raise
+        finally:
+            for learner in learners:
+                learner.leave()
     run.save()
     for learner in learners:
-        learner.finish()
+        learner.fold()
     seconds = time.perf_counter() - start
     return TrainingHistory(tuple(run.measured), n_steps, run.n_tokens, seconds)
 
