@@ -31,7 +31,8 @@ SCRIPT = textwrap.dedent("""
             self.stream = stream_rows(rows, batch_size=64)
 
         def walk(self, start, rank, world):
-            walk = self.stream.walk(start, 0, 1) if kind == 'same' else self.stream.walk(start, rank, world)
+            share = (0, 1) if kind == "same" else (rank, world)
+            walk = self.stream.walk(start, *share)
             for k, found in enumerate(walk):
                 if k == stop:
                     raise KeyboardInterrupt
@@ -57,7 +58,7 @@ def run_two(folder, *, same=False, stop=-1):
     (folder / "meet").unlink(missing_ok=True)
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    kind = "same" if kind == 'same' else "other"
+    kind = "same" if same else "other"
     each = [
         subprocess.Popen(
             [sys.executable, str(script), str(rank), str(folder), kind, str(stop)],
