@@ -109,10 +109,16 @@ def save(
             "schema_version": SCHEMA_VERSION,
             "kind": kind,
             "config": dict(config),
-            "sha256": {_TENSORS: digest(staged / _TENSORS)},
+            "sha256": {_TENSORS: digest(staged / _TENSORS), "config": _said(kind, config)},
         }
         text = json.dumps(manifest, indent=2, allow_nan=False)
         (staged / _MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def _said(kind: str, config: Mapping[str, Any]) -> str:
+    """Digest of what a manifest says, however it is laid out."""
+    told = json.loads(json.dumps([kind, dict(config)]))
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def refuse_foreign(directory: Path) -> None:
@@ -144,7 +150,8 @@ def load(directory: str | Path, kind: str | None = None) -> tuple[dict[str, Tens
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
         version, found = manifest["schema_version"], manifest["kind"]
         expected, config = manifest["sha256"][_TENSORS], manifest["config"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        told = manifest["sha256"].get("config")  # files of earlier versions have none
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{manifest_path} is damaged ({error!r}); restore it.") from error
     if version > SCHEMA_VERSION:
         raise ValueError(
@@ -153,6 +160,11 @@ def load(directory: str | Path, kind: str | None = None) -> tuple[dict[str, Tens
         )
     if kind is not None and found != kind:
         raise ValueError(f"{directory} holds a {found}, not a {kind}.")
+    if told is not None and told != _said(found, config):
+        raise ValueError(
+            f"{manifest_path} says other things than were written: it is damaged or was edited. "
+            "Restore it or fit again."
+        )
     path = directory / _TENSORS
     if not path.is_file():
         raise ValueError(f"{path} is missing; restore it or fit again.")

@@ -134,6 +134,27 @@ def test_a_damaged_manifest_is_named(tmp_path, text):
         artifact.load(tmp_path / "fit")
 
 
+@pytest.mark.parametrize("change", [("Kind", "Kin6"), ('"config": {', '"config": {"k": 3, ')])
+def test_a_manifest_that_says_other_things_than_were_written(tmp_path, change):
+    artifact.save(tmp_path / "fit", "Kind", TENSORS, {**CONFIG, 7: "a number as a name", 10: [()]})
+    artifact.load(tmp_path / "fit")
+    path = tmp_path / "fit" / "artifact.json"
+    text = path.read_text()
+    assert change[0] in text
+    path.write_text(text.replace(*change))
+    with pytest.raises(ValueError, match="says other things than were written"):
+        artifact.load(tmp_path / "fit")
+
+
+def test_a_manifest_of_before_its_digest_is_read(tmp_path):
+    artifact.save(tmp_path / "fit", "Kind", TENSORS, CONFIG)
+    path = tmp_path / "fit" / "artifact.json"
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]["config"]
+    path.write_text(json.dumps(manifest))
+    assert artifact.load(tmp_path / "fit")[1] == CONFIG
+
+
 def test_a_newer_schema_asks_for_an_upgrade(tmp_path):
     artifact.save(tmp_path / "fit", "Kind", TENSORS, CONFIG)
     path = tmp_path / "fit" / "artifact.json"

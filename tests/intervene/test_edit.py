@@ -244,4 +244,5 @@ def rewrite(directory, site, field, value):
     path = directory / "artifact.json"
     manifest = json.loads(path.read_text())
     manifest["config"]["saved"][site][field] = value
+    del manifest["sha256"]["config"]  # as a file of an earlier version, or a careful forger
     path.write_text(json.dumps(manifest))
