@@ -16,7 +16,7 @@ D, H, K = 6, 20, 3
 def draw(*shape, seed=0, scale=1.0):
     """float32 values, other for each shape and seed."""
     generator = np.random.default_rng([seed, *shape])
-    return torch.from_numpy(generator.normal(size=shape).astype(np.float32) * scale)
+    return torch.from_numpy(np.asarray(generator.normal(size=shape) * scale, np.float32))
 
 
 def weights(d_out=D, seed=0):
