@@ -39,6 +39,10 @@ from manifold_unlearn.evaluate.dictionary_recovery import (
     SpliceFidelity,
     splice_fidelity,
 )
+from manifold_unlearn.evaluate.dictionary_saebench import (
+    SAEBenchAdapter,
+    SAEBenchConfig,
+)
 from manifold_unlearn.evaluate.dictionary_splice import (
     ablated,
     spliced,
@@ -198,6 +202,8 @@ __all__ = [
     "ProbeTask",
     "Profile",
     "Reconstruction",
+    "SAEBenchAdapter",
+    "SAEBenchConfig",
     "ScoredAnswers",
     "SparseProbing",
     "SpliceFidelity",

@@ -216,11 +216,12 @@ def _fraction(
 
 
 def _require_plain(coder: SparseCoder) -> None:
-    made_again = coder.d_in == coder.d_out and coder.W_skip is None
+    made_again = coder.d_in == coder.d_out and coder.W_skip is None and not coder.deep
     if not made_again or isinstance(coder, Crosscoder) or coder.normalization != "none":
         raise ValueError(
-            f"the {type(coder).__name__} with normalization={coder.normalization!r} does not write "
-            "the rows it reads as a sum of its decoder's; use an autoencoder without normalization."
+            f"the {type(coder).__name__} with normalization={coder.normalization!r} and deep="
+            f"{coder.deep} does not write the rows it reads as a sum of its decoder's; use an "
+            "autoencoder with neither."
         )
     if not bool(torch.isfinite(coder.W_dec).all()):
         raise ValueError("the decoder holds NaN or infinity; load or train it again.")

@@ -142,6 +142,7 @@ def test_what_cannot_be_judged_is_refused(planted):
         Crosscoder(2, D // 2, 8),
         SparseAutoencoder(D, 8, normalization="layer_norm"),
         Transcoder(D, 8, skip=True),
+        SparseAutoencoder(D, 8, deep=4),
     ):
         with pytest.raises(ValueError, match="does not write the rows it reads"):
             feature_absorption(coder, rows, labels, held_out)
