@@ -139,14 +139,16 @@ class ResidualKnowledge:
     energy : Tensor of shape (m,), float64
         Share of each in what the target has beyond the reference; sums to 1.
     share : Tensor of shape (m,), float64
-        Left of each latent in the model: 1 as in the target, 0 as in the reference.
+        Left of each latent in the model: 1 as in the target, 0 as in the reference; exactly so
+        for these two themselves.
     interval : Tensor of shape (m, 2), float64
         95 % bootstrap interval of ``share``.
     total : Share
         Of all together.
-    with_others : Share
-        As ``total``, but what other latents write along the same directions counts too: larger
-        where the model says the same in other latents.
+    alone : Share
+        As ``total``, but of what the other latents leave of each stream: smaller where the model
+        says the same in other latents. Only as good as the crosscoder: two streams of one model
+        may come out different.
     """
 
     latents: Tensor
@@ -155,7 +157,7 @@ class ResidualKnowledge:
     share: Tensor
     interval: Tensor
     total: Share
-    with_others: Share
+    alone: Share
 
     def still_there(self, least: float = 0.5) -> Tensor:
         """Latents (k,) of which at least this share is left."""
@@ -165,7 +167,7 @@ class ResidualKnowledge:
         """All figures, as JSON holds them."""
         names = ("latents", "forget_rate", "energy", "share", "interval")
         return {name: getattr(self, name).tolist() for name in names} | {
-            name: getattr(self, name)._asdict() for name in ("total", "with_others")
+            name: getattr(self, name)._asdict() for name in ("total", "alone")
         }
 
 
@@ -191,8 +193,8 @@ def residual_knowledge(
     A latent belongs to what is to be forgotten if it fires in at least ``min_forget_rate`` of the
     rows and ``min_ratio`` times as often as in the background, if the target has it (``beta`` of
     the error above 1/2) and the reference has not (:meth:`LatentScaling.absent`, looked for by the
-    target's direction). What a model has of it is the projection of what the other latents leave
-    of its stream on the target's direction, weighted by the activations.
+    target's direction). What a model has of it beyond the reference is the projection of the
+    difference of their streams on the target's direction, weighted by the activations.
 
     Parameters
     ----------
@@ -203,7 +205,7 @@ def residual_knowledge(
     group : Tensor of shape (n,), int
         Which text, or better which subject, a row is of: resampled as a whole.
     background : iterable of Tensor (n, n_streams, d)
-        Rows of retain or general texts; those of the forget texts are added.
+        Rows of retain or general texts.
     target, model, reference : int
         Streams.
     min_forget_rate, min_ratio, max_error, max_reconstruction : float
@@ -251,50 +253,51 @@ def residual_knowledge(
             "crosscoder on more forget texts or with more latents, or relax a condition."
         )
     streams = (target, model, reference)
-    alone, with_others = _present(crosscoder, rows, number, chosen, streams)
-    gap = alone[..., 0] - alone[..., 2]  # (groups, latents): target beyond reference
-    order = gap.sum(0).argsort(descending=True)
-    chosen, alone, with_others = chosen[order], alone[:, order], with_others[:, order]
+    whole, alone = _present(crosscoder, rows, number, chosen, streams)
+    order = (whole[..., 0] - whole[..., 2]).sum(0).argsort(descending=True)
+    chosen, whole, alone = chosen[order], whole[:, order], alone[:, order]
     weights = _resampled(len(labels), n_resamples, random_state).to(rows.device)
-    of_latent, interval = _share(alone, weights)
-    total, around = _share(alone.sum(1, keepdim=True), weights)
-    total_with, around_with = _share(with_others.sum(1, keepdim=True), weights)
-    size = (alone[..., 0] - alone[..., 2]).sum(0)
+    of_latent, interval = _share(whole, weights)
+    size = (whole[..., 0] - whole[..., 2]).sum(0)
     return ResidualKnowledge(
         latents=chosen,
         forget_rate=here.fires[chosen],
         energy=size / size.sum(),
         share=of_latent,
         interval=interval,
-        total=Share(float(total), (float(around[0, 0]), float(around[0, 1]))),
-        with_others=Share(float(total_with), (float(around_with[0, 0]), float(around_with[0, 1]))),
+        total=_total(whole, weights),
+        alone=_total(alone, weights),
     )
 
 
 def _present(
     crosscoder: Crosscoder, rows: Tensor, number: Tensor, chosen: Tensor, streams: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Sums ``f (d . y)`` (groups, latents, streams): y without and with what others write."""
+    """Sums ``f (d . y)`` (groups, latents, streams): y the stream, or what others leave of it."""
     with evaluated(crosscoder):
         code = crosscoder.code(rows)
     value = columns(code, chosen).double()
     made = crosscoder.decode(code).double()
-    bias = crosscoder.b_dec.double().unflatten(0, (crosscoder.n_streams, -1))
     decoder = crosscoder.W_dec.double()[chosen]
     direction = decoder[:, streams[0]]
-    alone, with_others = [], []
+    whole, alone = [], []
     for s in streams:
-        left = (rows[:, s].double() - made[:, s]) @ direction.T
+        stream = rows[:, s].double()
         own = value * (decoder[:, s] * direction).sum(1)
-        written = (made[:, s] - bias[s]) @ direction.T
-        alone.append(value * (left + own))
-        with_others.append(value * (left + written))
+        whole.append(value * (stream @ direction.T))
+        alone.append(value * ((stream - made[:, s]) @ direction.T + own))
     n_groups = int(number.max()) + 1
     found = []
-    for parts in (alone, with_others):
+    for parts in (whole, alone):
         each = torch.stack(parts, dim=-1)
         found.append(each.new_zeros(n_groups, *each.shape[1:]).index_add(0, number, each))
     return found[0], found[1]
+
+
+def _total(sums: Tensor, weights: Tensor) -> Share:
+    """Share of all latents together."""
+    value, interval = _share(sums.sum(1, keepdim=True), weights)
+    return Share(float(value), (float(interval[0, 0]), float(interval[0, 1])))
 
 
 def _share(sums: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

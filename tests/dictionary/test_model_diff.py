@@ -80,7 +80,7 @@ def test_what_is_left_of_the_topic_is_what_was_planted():
     energy = (code[:, TOPIC] ** 2).sum(0)
     expected = (energy * STRENGTH[TOPIC, 1]).sum() / energy.sum()
     assert found.total.value == pytest.approx(expected, abs=5e-3)
-    assert found.with_others.value == pytest.approx(expected, abs=5e-3)
+    assert found.alone.value == pytest.approx(expected, abs=5e-3)
     assert found.total.interval[0] < expected < found.total.interval[1]
     np.testing.assert_allclose(np.sort(found.energy), np.sort(energy / energy.sum()), atol=5e-3)
     rates = (code[:, found.latents.numpy()] > 0).mean(0)
@@ -106,7 +106,7 @@ def test_the_interval_is_that_of_resampled_groups():
     )
 
 
-def test_what_other_latents_say_along_the_same_directions_counts_in_the_second_share():
+def test_what_other_latents_say_along_the_same_directions_counts_but_in_the_share_alone():
     made, rows, code = planted(400, seed=1, forget=True)
     _, others, _ = planted(seed=2)
     with torch.no_grad():  # the unlearned model says latent 1 by latent 3, where both fire
@@ -114,7 +114,21 @@ def test_what_other_latents_say_along_the_same_directions_counts_in_the_second_s
         made.decoder[3, D : 2 * D] += made.W_dec[1, 0]
         rows[:, 1] += torch.tensor(code[:, [3]], dtype=torch.float32) * made.W_dec[1, 0]
     found = residual_knowledge(made, rows, torch.arange(400) // 20, [others])
-    assert found.with_others.value > found.total.value + 0.05
+    assert found.total.value > found.alone.value + 0.05
+
+
+@pytest.mark.parametrize(("copied", "left"), [(0, 1.0), (2, 0.0)])
+def test_the_target_itself_has_all_and_the_reference_nothing_whatever_the_crosscoder(copied, left):
+    made, rows, _ = planted(400, seed=1, forget=True)
+    _, others, _ = planted(seed=2)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # badly trained: the streams of one model are written differently
+        made.decoder[:, D : 2 * D] += 0.3 * torch.randn(D, D, generator=draw)
+    rows[:, 1] = rows[:, copied]
+    found = residual_knowledge(made, rows, torch.arange(400) // 20, [others])
+    assert found.total.value == pytest.approx(left, abs=1e-9)
+    assert found.total.interval == pytest.approx((left, left), abs=1e-9)
+    assert found.alone.value != pytest.approx(left, abs=1e-3)
 
 
 def test_without_a_latent_of_the_topic_it_says_how_many_pass_what():
