@@ -43,6 +43,10 @@ from manifold_unlearn.evaluate.dictionary_saebench import (
     SAEBenchAdapter,
     SAEBenchConfig,
 )
+from manifold_unlearn.evaluate.dictionary_scr import (
+    SpuriousRemoval,
+    spurious_removal,
+)
 from manifold_unlearn.evaluate.dictionary_splice import (
     ablated,
     spliced,
@@ -207,6 +211,7 @@ __all__ = [
     "ScoredAnswers",
     "SparseProbing",
     "SpliceFidelity",
+    "SpuriousRemoval",
     "Standing",
     "SteeringCurve",
     "SteeringPoint",
@@ -285,6 +290,7 @@ __all__ = [
     "sparse_probing",
     "splice_fidelity",
     "spliced",
+    "spurious_removal",
     "steered_at",
     "steering_sweep",
     "summarize",
