@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from torch.utils.flop_counter import FlopCounterMode
+
 from manifold_unlearn.dictionary import SparseAutoencoder, Transcoder
 from manifold_unlearn.dictionary.chosen_latents import latent_activations
 from manifold_unlearn.dictionary.clamp import FeatureClamp
@@ -120,6 +122,19 @@ def test_only_the_rows_of_a_planted_latent_are_touched_and_it_is_gone():
     found = FeatureClamp(coder, [7])(code @ directions.T).detach() @ directions
     code[:, 7] = 0
     torch.testing.assert_close(found, code, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "read"),
+    [({"name": "relu"}, 3), ({"name": "jumprelu"}, 3), ({"name": "topk", "k": 4}, 512)],
+    ids=["relu", "jumprelu", "topk"],
+)
+def test_it_costs_what_the_chosen_latents_cost_and_rules_of_rank_their_encoder(rule, read):
+    n, d, chosen = 50, 16, 3
+    coder = SparseAutoencoder(d, 512, rule, random_state=0)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        FeatureClamp(coder, range(chosen))(rows_of(n, d))
+    assert counter.get_total_flops() == 2 * n * d * (read + chosen)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
