@@ -15,7 +15,7 @@ from manifold_unlearn.finetune.losses import kl_to_reference
 from manifold_unlearn.finetune.reference import frozen_copy, hidden_states, reference_logits
 from manifold_unlearn.finetune.rules import Descent, Rule, Run, Terms, logits_of
 
-CHANGED_WITH = ("coder", "latents")
+_PARTS = ("coder", "latents")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,19 +72,20 @@ class FeatureSuppression:
                 raise ValueError(f"{name}={getattr(self, name)} must be finite and not negative.")
         for site, given in self.clamps.items():
             clamp = getattr(given, "map_", given)
-            if any(not hasattr(clamp, part) for part in CHANGED_WITH):
+            if any(not hasattr(clamp, part) for part in _PARTS):
                 raise ValueError(
                     f"the map at {site!r} is a {type(given).__name__}; give a FeatureClamp or a "
                     "fitted FeatureEraser."
                 )
 
     def bind(self, run: Run) -> Rule:
-        """Freeze a copy; return the rule of one run."""
+        """Freeze copies of model and dictionaries; return the rule of one run."""
         reference = frozen_copy(run.model)
-        placed = {
-            site: getattr(given, "map_", given).to(run.device, torch.float32)
-            for site, given in self.clamps.items()
-        }
+        placed = {}
+        for site, given in self.clamps.items():
+            clamp = getattr(given, "map_", given)
+            coder = frozen_copy(clamp.coder).to(run.device)
+            placed[site] = (coder, clamp.latents.to(run.device))
 
         def terms(forget: LabeledBatch, retain: LabeledBatch | None) -> Terms:
             assert retain is not None
@@ -99,16 +100,20 @@ class FeatureSuppression:
         return Descent(run, terms)
 
     def _activation(
-        self, run: Run, reference: Any, placed: Mapping[str, Any], batch: LabeledBatch
+        self,
+        run: Run,
+        reference: Any,
+        placed: Mapping[str, tuple[Any, Tensor]],
+        batch: LabeledBatch,
     ) -> Tensor:
         mask = batch.marked(self.tokens) & _counted(batch)
         sites = list(placed)
         now, before = hidden_states(run.model, sites, batch), hidden_states(reference, sites, batch)
         shares = []
-        for clamp, here, there in zip(placed.values(), now, before, strict=True):
-            size = _size(clamp, here[mask])
+        for (coder, latents), here, there in zip(placed.values(), now, before, strict=True):
+            size = latent_activations(coder, here[mask], latents).abs().sum()
             with torch.no_grad():
-                was = _size(clamp, there[mask])
+                was = latent_activations(coder, there[mask], latents).abs().sum()
             # a batch in which nothing fired has nothing to suppress
             shares.append(size / was if float(was) > 0 else size)
         return torch.stack(shares).mean()
@@ -122,10 +127,6 @@ class FeatureSuppression:
             for here, there in zip(now, before, strict=True)
         ]
         return torch.stack(shares).mean()
-
-
-def _size(clamp: Any, rows: Tensor) -> Tensor:
-    return latent_activations(clamp.coder, rows, clamp.latents).abs().sum()
 
 
 def _counted(batch: LabeledBatch) -> Tensor:

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-
 from torch.utils.flop_counter import FlopCounterMode
 
 from manifold_unlearn.dictionary import SparseAutoencoder, Transcoder

@@ -85,6 +85,7 @@ def test_fine_tuning_silences_them_and_keeps_the_retain_states(llama, tokenizer)
     result = train(llama, tokenizer, FORGET, RETAIN, objective=rule, config=config)
     assert same_state(llama, before)
     assert hooks(result.model) == hooks(llama)
+    assert all(parameter.grad is None for parameter in clamp.coder.parameters())
     assert result.losses["forget"][0] == pytest.approx(1)
     assert result.losses["forget"][-1] < 0.1
     now = activation_by_hand(result.model, tokenizer, clamp, FORGET)
