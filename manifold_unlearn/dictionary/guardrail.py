@@ -116,7 +116,7 @@ class FeatureGuardrail(LabeledMixin, TransformerMixin, BaseEstimator):
     promised_rate_ : float
         ``false_positive_rate``, or ``1 / (n + 1)`` with too few sequences for it.
     opened_ : float
-        Share of the forget sequences in which the clamp acts at some token.
+        Share of the forget sequences, those that chose the latents, in which it acts at some token.
     map_ : GuardedClamp
     n_features_in_ : int
 
