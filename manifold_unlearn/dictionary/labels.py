@@ -16,6 +16,7 @@ from manifold_unlearn.dictionary.token_traits import NO_TRAIT, Trait, token_trai
 NOTHING = "none"
 """Text of the label where no rule is better than chance."""
 _MAX_STEPS = 20
+_LEAST_SHARE = 0.02  # of a latent's firing: a term of less says nothing of it
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class LatentLabel:
     family: str
     """Family of the rule; empty for none."""
     terms: tuple[str, ...]
+    """The one that holds most of the firing first."""
     precision: float
     """Of the tokens that the rule names, the share on which the latent fires."""
     recall: float
@@ -59,11 +61,12 @@ def label_latents(
 ) -> list[LatentLabel]:
     """Label of every latent from a corpus, by rules of one family of traits each.
 
-    A rule names up to ``max_terms`` terms, such as tokens; it foretells that the latent fires where
-    a token has one of them. In half of the texts each family's terms of largest F1 are found
-    (exactly, by Dinkelbach's iteration), in a quarter the family is chosen, in the last quarter
-    the figures are measured. A rule is a label if its F1 there is at least ``min_f1`` and above
-    that of every control: the same search where firing is moved to tokens drawn at random.
+    A rule names up to ``max_terms`` terms, such as tokens, each of which holds at least 2 % of
+    where the latent fires; it foretells that the latent fires where a token has one of them. In
+    half of the texts each family's terms of largest F1 are found (exactly, by Dinkelbach's
+    iteration), in a quarter the family is chosen, in the last quarter the figures are measured. A
+    rule is a label if its F1 there is at least ``min_f1`` and above that of every control: the
+    same search where firing is moved to tokens drawn at random.
 
     Parameters
     ----------
@@ -239,7 +242,9 @@ def _searched(
         size = len(trait.names)
         totals = [_totals(trait.value[part == one], size) for one in range(3)]
         counts = [_pairs(trait.value, row, latent, part, one, size) for one in range(3)]
-        keys = _best_terms(*counts[0], totals[0], fires[0], size, max_terms)
+        pairs, hits = counts[0]
+        telling = hits >= np.maximum(2, _LEAST_SHARE * fires[0][pairs // size])
+        keys = _best_terms(pairs[telling], hits[telling], totals[0], fires[0], size, max_terms)
         scores = [_scored(keys, *counts[one], totals[one], fires[one], size) for one in (1, 2)]
         better = scores[0][2] > best
         best[better] = scores[0][2][better]
@@ -247,7 +252,9 @@ def _searched(
         figures[:, better] = scores[1][:, better]
         edges = np.searchsorted(keys, np.arange(m + 1) * size)
         for i in np.flatnonzero(better):
-            terms[i] = tuple((keys[edges[i] : edges[i + 1]] - i * size).tolist())
+            mine = keys[edges[i] : edges[i + 1]]
+            often = np.argsort(-hits[np.searchsorted(pairs, mine)], kind="stable")
+            terms[i] = tuple((mine[often] - i * size).tolist())
     return _Found(family, terms, *figures)
 
 

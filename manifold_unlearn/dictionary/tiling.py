@@ -122,6 +122,36 @@ class Tiling:
         weight = np.where(self.visited, self.occupancy, 0)
         return float(weight[self.covering(latents) >= at_least].sum() / weight.sum())
 
+    def tiles(self, latents: Sequence[int] | np.ndarray, n: int | None = None) -> np.ndarray:
+        """Latents whose fields tile the manifold, greedily.
+
+        The first covers most rows, each that follows most of those not covered yet. Ends when
+        nothing is left to cover, or at ``n``.
+
+        Parameters
+        ----------
+        latents : sequence of int
+            To choose from, such as :meth:`place_latents`.
+        n : int, optional
+
+        Returns
+        -------
+        array of int64
+        """
+        pool = np.asarray(latents, dtype=np.int64).reshape(-1)
+        inside = _at_level(self.maps[pool], self.peak[pool], self.field_level)
+        fields = inside.reshape(len(pool), self.occupancy.size)
+        left = np.where(self.visited, self.occupancy, 0).ravel().astype(float)
+        found: list[int] = []
+        while len(found) < (len(pool) if n is None else n):
+            gain = fields @ left
+            best = int(gain.argmax()) if len(gain) else 0
+            if not len(gain) or gain[best] <= 0:
+                break
+            found.append(int(pool[best]))
+            left[fields[best]] = 0
+        return np.array(found, dtype=np.int64)
+
     def to_json(self) -> dict[str, Any]:
         """All but the maps, as plain numbers and lists; NaN as None."""
         plain = {

@@ -102,6 +102,18 @@ def test_cells_cover_as_much_as_they_are_wide(tiling):
     assert tiling.covering([10]).max() == 0
 
 
+def test_tiles_are_chosen_where_nothing_is_covered_yet(tiling):
+    wide = [*range(8), 9]
+    first = tiling.tiles(wide, 1)
+    assert first.tolist() == [9]  # the only one with two fields
+    rest = tiling.tiles(wide)
+    assert tiling.coverage(rest) == pytest.approx(tiling.coverage(wide))
+    gained = np.diff([0, *(tiling.coverage(rest[: i + 1]) for i in range(len(rest)))])
+    assert (gained > 0).all()
+    assert (np.diff(gained) <= 1e-12).all()
+    assert tiling.tiles([10]).tolist() == tiling.tiles([]).tolist() == []
+
+
 def test_codes_and_activations_give_the_same(place_cells, angle, tiling):
     code = SparseCode.of(torch.from_numpy(place_cells))
     same = tile_manifold(
