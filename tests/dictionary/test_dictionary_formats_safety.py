@@ -116,6 +116,23 @@ def test_every_way_of_a_pickle_to_call_is_closed(tmp_path, program, words, monke
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_small_file_that_means_a_huge_text_is_read_at_once(tmp_path):
+    anchors = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    anchors += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 30)}]" for i in range(1, 12)]
+    w = weights()
+    tensors = {**w, "W_enc": w["W_enc"].T}
+    foreign.write_safetensors(tmp_path / "layer_0.safetensors", tensors)
+    (tmp_path / "config.yaml").write_text("\n".join(anchors))
+    coder = load(tmp_path)
+    assert len(json.dumps(coder.origin)) < 4_000_000
+
+
+def test_a_field_named_by_nested_values_is_refused(tmp_path):
+    nested = b"I1\n" + b"2\x86" * 60  # (t, t), sixty times over: its hash would take an age
+    with pytest.raises(DictionaryFormatError, match="names a field by a tuple"):
+        load(hand_made(tmp_path, b"\x80\x02}" + nested + b"Ns."))
+
+
 def test_an_array_of_objects_is_refused(tmp_path):
     mark = tmp_path / "ran"
     bad = np.array([Calls(os.system, f"touch {mark}")], dtype=object)

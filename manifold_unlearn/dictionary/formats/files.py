@@ -21,6 +21,7 @@ from manifold_unlearn.dictionary.formats.inert import Made, read_inert
 _CONFIG_BYTES = 1 << 24
 _INFLATION = 20
 _SMALL = 1 << 26
+_ITEMS = 100_000
 
 
 @contextmanager
@@ -171,18 +172,23 @@ def _require_whole(path: Path, value: Any) -> Any:
     return value
 
 
-def plain(value: Any, depth: int = 0) -> Any:
-    """A value as JSON can say it; what JSON cannot is said in words."""
+def plain(value: Any) -> Any:
+    """A value as JSON can say it; what JSON cannot is said in words, what is too much left out."""
+    return _said(value, 8, [_ITEMS])
+
+
+def _said(value: Any, depth: int, left: list[int]) -> Any:
+    left[0] -= 1  # shared parts are said each time: a small file may mean a huge text
     if isinstance(value, Tensor):
         value = value.tolist() if value.numel() <= 64 else f"tensor of {tuple(value.shape)}"
     if isinstance(value, Made):
         value = value.state
-    if depth > 8:
+    if isinstance(value, Mapping | list | tuple) and (depth == 0 or left[0] < 0):
         return "..."
     if isinstance(value, Mapping):
-        return {str(key): plain(item, depth + 1) for key, item in value.items()}
+        return {str(key): _said(item, depth - 1, left) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item, depth + 1) for item in value]
+        return [_said(item, depth - 1, left) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)

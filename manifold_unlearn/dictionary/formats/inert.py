@@ -177,14 +177,21 @@ class _Machine:
 
     def on_dict(self, _: Any) -> None:
         values = self.marked()
-        self.stack.append(dict(zip(values[::2], values[1::2], strict=True)))
+        self.stack.append({})
+        self.assigned(values)
 
     def on_setitem(self, _: Any) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self.stack[-1][key] = value
+        values = self.stack[-2:]
+        del self.stack[-2:]
+        self.assigned(values)
 
     def on_setitems(self, _: Any) -> None:
-        values = self.marked()
+        self.assigned(self.marked())
+
+    def assigned(self, values: list[Any]) -> None:
+        for key in values[::2]:
+            if not isinstance(key, str | int | float | Named | None):
+                raise self.refused(f"names a field by a {type(key).__name__}")
         self.stack[-1].update(zip(values[::2], values[1::2], strict=True))
 
     def on_global(self, argument: str) -> None:
