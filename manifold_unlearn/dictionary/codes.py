@@ -141,12 +141,12 @@ def _gathered(rows: Tensor, row: Tensor, latent: Tensor, scale: Tensor, n_latent
 
 
 def _pair_products(rows: Tensor, weight: Tensor, row: Tensor, latent: Tensor) -> Tensor:
-    """``rows[row] . weight[latent]`` of every entry, without the pairs in memory."""
-    with torch.enable_grad():
-        one = torch.ones(len(row), dtype=weight.dtype, device=weight.device, requires_grad=True)
-        starts = torch.searchsorted(row, torch.arange(len(rows), device=row.device))
-        summed = functional.embedding_bag(
-            latent, weight.detach(), starts, mode="sum", per_sample_weights=one
-        )
-        (found,) = torch.autograd.grad(summed, one, rows.to(summed.dtype))
+    """``rows[row] . weight[latent]`` of every entry, without the pairs in memory.
+
+    What autograd computes for the weights of the samples of ``embedding_bag``.
+    """
+    starts = torch.searchsorted(row, torch.arange(len(rows), device=row.device))
+    found: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        rows.to(weight.dtype), weight.detach(), latent, starts, row, 0
+    )
     return found

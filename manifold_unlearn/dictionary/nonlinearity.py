@@ -64,6 +64,26 @@ class ReLU(Nonlinearity):
         return pre.relu()
 
 
+_FOLDS = 8
+
+
+def largest(values: Tensor, k: int) -> Tensor:
+    """Columns of the k largest values of each row (n, d), int64 (n, k), in no order.
+
+    On the CPU in two rounds where rows are long: the k largest lie in the k groups of columns with
+    the largest maxima, so few candidates are left.
+    """
+    n, d = values.shape
+    if not values.is_cpu or d % _FOLDS or d // _FOLDS < 4 * k:
+        return values.topk(k, dim=1, sorted=False).indices
+    size = d // _FOLDS
+    groups = values.reshape(n, _FOLDS, size).amax(1).topk(k, dim=1, sorted=False).indices
+    firsts = torch.arange(_FOLDS, device=values.device)[:, None] * size
+    candidates = (groups[:, None] + firsts).flatten(1)
+    chosen = values.gather(1, candidates).topk(k, dim=1, sorted=False).indices
+    return candidates.gather(1, chosen)
+
+
 class TopK(Choosing):
     """The ``k`` largest of every row, if positive.
 
@@ -89,7 +109,7 @@ class TopK(Choosing):
         """Rows and latents to keep, rows ascending."""
         ranked = self._ranked(pre if scale is None else pre * scale)
         k = min(self.k, pre.shape[1])
-        latent = ranked.topk(k, dim=1, sorted=False).indices
+        latent = largest(ranked, k)
         row = torch.arange(len(pre), device=pre.device).repeat_interleave(k)
         return row, latent.flatten()
 

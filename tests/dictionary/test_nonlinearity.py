@@ -10,6 +10,7 @@ from manifold_unlearn.dictionary.nonlinearity import (
     JumpReLU,
     ReLU,
     TopK,
+    largest,
     make_nonlinearity,
 )
 
@@ -126,3 +127,10 @@ def test_wrong_configurations_are_named(config, message):
 def test_groups_must_divide_the_latents():
     with pytest.raises(ValueError, match="k=3 groups do not divide 4 latents"):
         GroupMax(3)(PRE)
+
+
+@pytest.mark.parametrize("d", [800, 801, 40])
+def test_the_largest_are_found_in_two_rounds_as_in_one(d):
+    values = torch.randn(50, d, generator=torch.Generator().manual_seed(0))
+    expected = np.sort(np.argsort(-values.numpy(), axis=1)[:, :20], axis=1)
+    np.testing.assert_array_equal(largest(values, 20).sort(1).values.numpy(), expected)
