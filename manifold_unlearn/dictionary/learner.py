@@ -97,10 +97,29 @@ class Learner:
                 self.scale_out = self.scale_in
                 if paired:
                     self.scale_out = self.together.mean(_to_root_width(y - out))
-            if self.config.center != "keep":
+            if self.config.center != "keep" and not bool(self.coder.b_dec.any()):
                 self._begin_biases(into * self.scale_in, out * self.scale_out)
+                if not paired and self.encoders[0].nonlinearity.chooses:
+                    self._fit_encoder(x * self.scale_in)
         self.together.broadcast([p.data for p in self.coder.parameters()])
         self.together.broadcast(self.coder.buffers())
+
+    def _fit_encoder(self, x: Tensor) -> None:
+        """Stretch the encoder so that the first outputs are of the size that fits best.
+
+        Outputs less ``b_dec`` grow with the encoder and ``b_enc``; the factor is that of least
+        squares. A fresh encoder, the decoder's transpose, would overshoot: its latents overlap.
+        """
+        coder, x = self.coder, x[:1024]
+        buffers = [buffer.clone() for buffer in coder.buffers()]  # thresholds learn with each pass
+        bias = coder.b_dec.reshape(x.shape[1:])
+        wrote = coder(x) - bias
+        for buffer, value in zip(coder.buffers(), buffers, strict=True):
+            buffer.copy_(value)
+        factor = ((x - bias) * wrote).sum() / wrote.square().sum().clamp(min=1e-30)
+        if 0.05 < float(factor) < 1:
+            self.encoders[0].encoder.mul_(factor)
+            self.encoders[0].b_enc.mul_(factor)
 
     def _center(self, rows: Tensor) -> Tensor:
         """Of each stream its own."""
@@ -111,8 +130,6 @@ class Learner:
         return torch.stack([geometric_median(stream) for stream in rows.unbind(1)])
 
     def _begin_biases(self, into: Tensor, out: Tensor) -> None:
-        if bool(self.coder.b_dec.any()):
-            return
         self.coder.b_dec.copy_(out.reshape(self.coder.b_dec.shape))
         layers = isinstance(self.coder, CrossLayerTranscoder)
         for i, encoder in enumerate(self.encoders):
@@ -144,7 +161,7 @@ class Learner:
                 f"gradient's norm {float(norm):g}. The weights are those before this step. Lower "
                 "lr, or remove rows that are not finite."
             )
-        if self.config.clip is not None:
+        if self.config.clip is not None and float(norm) > self.config.clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
         if self.unit_norm:
             self._remove_parallel()
