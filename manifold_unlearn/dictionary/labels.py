@@ -15,13 +15,14 @@ from manifold_unlearn.dictionary.token_traits import NO_TRAIT, Trait, token_trai
 
 NOTHING = "none"
 """Text of the label where no rule is better than chance."""
+NOT_COUNTED = -1
 _MAX_STEPS = 20
 _LEAST_SHARE = 0.02  # of a latent's firing: a term of less says nothing of it
 
 
 @dataclass(frozen=True)
 class LatentLabel:
-    """The best rule for when a latent fires, and how good it is on texts it was not made from."""
+    """The best rule for when a latent fires, and how good such rules are on other texts."""
 
     latent: int
     text: str
@@ -38,7 +39,7 @@ class LatentLabel:
     control: float
     """Largest F1 of the rules found in the same way for shuffled firing."""
     n_fires: int
-    """Tokens of the texts kept apart on which it fires."""
+    """Tokens on which it fires."""
 
     def to_json(self) -> dict[str, Any]:
         """All fields."""
@@ -57,16 +58,18 @@ def label_latents(
     n_shuffles: int = 10,
     min_f1: float = 0.3,
     min_fires: int = 5,
+    n_folds: int = 4,
     random_state: int = 0,
 ) -> list[LatentLabel]:
     """Label of every latent from a corpus, by rules of one family of traits each.
 
-    A rule names up to ``max_terms`` terms, such as tokens, each of which holds at least 2 % of
-    where the latent fires; it foretells that the latent fires where a token has one of them. In
-    half of the texts each family's terms of largest F1 are found (exactly, by Dinkelbach's
-    iteration), in a quarter the family is chosen, in the last quarter the figures are measured. A
-    rule is a label if its F1 there is at least ``min_f1`` and above that of every control: the
-    same search where firing is moved to tokens drawn at random.
+    A rule names up to ``max_terms`` terms of a family, such as tokens, each of which holds at least
+    2 % of where the latent fires; it foretells that the latent fires where a token has one of them.
+    The terms of largest F1 are found exactly (Dinkelbach's iteration). Figures are measured by
+    cross-validation: a part of the texts at a time, with the terms of the other texts; the family
+    is the one that does best so. A rule is a label if its F1 is at least ``min_f1`` and above that
+    of every control: the same search, figures and choice of family included, where firing is moved
+    to tokens drawn at random. The terms of a label are those of all texts.
 
     Parameters
     ----------
@@ -88,7 +91,9 @@ def label_latents(
         Controls: a latent that knows nothing is labeled at most once in ``n_shuffles + 1``.
     min_f1 : float, default=0.3
     min_fires : int, default=5
-        Latents that fire less often in a part of the texts get no label.
+        Latents that fire on fewer tokens get no label.
+    n_folds : int, default=4
+        Parts of the texts.
     random_state : int, default=0
 
     Returns
@@ -99,7 +104,7 @@ def label_latents(
     Raises
     ------
     ValueError
-        Fewer than 4 texts, a parameter out of range, latents or traits that do not fit.
+        Fewer texts than folds, a parameter out of range, latents or traits that do not fit.
 
     References
     ----------
@@ -109,10 +114,10 @@ def label_latents(
     names = np.arange(m) if latents is None else np.asarray(latents, dtype=np.int64).reshape(-1)
     if len(names) != m:
         raise ValueError(f"{len(names)} numbers in latents for the {m} latents of the code.")
-    if max_terms < 1 or n_shuffles < 1 or min_fires < 1 or not 0 <= strength < 1:
+    if min(max_terms, n_shuffles, min_fires) < 1 or n_folds < 2 or not 0 <= strength < 1:
         raise ValueError(
             f"max_terms={max_terms}, n_shuffles={n_shuffles} and min_fires={min_fires} must be at "
-            f"least 1, strength={strength} in [0, 1)."
+            f"least 1, n_folds={n_folds} at least 2, strength={strength} in [0, 1)."
         )
     families = [] if tokenizer is None else token_traits(corpus.tokens, tokenizer, topics=topics)
     families += list(traits or ())
@@ -127,19 +132,20 @@ def label_latents(
     np.maximum.at(largest, latent, value)
     strong = value > strength * largest[latent]
     row, latent = row[strong], latent[strong]
-    part = _parts(corpus, random_state)
-    found = _searched(families, row, latent, part, m, max_terms)
+    fold = _folds(corpus, n_folds, random_state)
+    kept = fold[row] != NOT_COUNTED
+    row, latent = row[kept], latent[kept]
+    found = _searched(families, row, latent, fold, m, max_terms, with_terms=True)
     control = np.zeros(m)
     shuffle = np.random.default_rng([random_state, 1])
+    counted = np.flatnonzero(fold != NOT_COUNTED)
+    moved = np.arange(len(fold))
     for _ in range(n_shuffles):
-        moved = np.arange(len(part))
-        for one in range(3):
-            mine = np.flatnonzero(part == one)
-            moved[mine] = shuffle.permutation(mine)
+        moved[counted] = shuffle.permutation(counted)
         control = np.maximum(
-            control, _searched(families, moved[row], latent, part, m, max_terms).f1
+            control, _searched(families, moved[row], latent, fold, m, max_terms).f1
         )
-    fires = np.stack([np.bincount(latent[part[row] == one], minlength=m) for one in range(3)])
+    fires = np.bincount(latent, minlength=m)
     made = []
     for i, name in enumerate(names.tolist()):
         family = families[int(found.family[i])]
@@ -153,10 +159,10 @@ def label_latents(
             recall=float(found.recall[i]),
             f1=float(found.f1[i]),
             control=float(control[i]),
-            n_fires=int(fires[2, i]),
+            n_fires=int(fires[i]),
         )
         holds = label.f1 > label.control and label.f1 >= min_f1
-        if not (holds and terms and fires[:, i].min() >= min_fires):
+        if not (holds and terms and fires[i] >= min_fires):
             label = replace(label, text=NOTHING, family="", terms=())
         made.append(label)
     return made
@@ -202,7 +208,7 @@ def judged_labels(
 
 
 class _Found(NamedTuple):
-    """Best rule of each latent: index of its family, its terms, and figures on the last part."""
+    """Best rule of each latent: index of its family, its terms, and cross-validated figures."""
 
     family: np.ndarray
     terms: list[tuple[int, ...]]
@@ -211,113 +217,106 @@ class _Found(NamedTuple):
     f1: np.ndarray
 
 
-def _parts(corpus: CorpusCode, random_state: int) -> np.ndarray:
-    """Part of each token: 0 to find terms, 1 to choose the family, 2 to measure; -1 not counted."""
-    text = corpus.tokens.text_index.cpu().numpy()
-    _, back = np.unique(text, return_inverse=True)
+def _folds(corpus: CorpusCode, n_folds: int, random_state: int) -> np.ndarray:
+    """Fold of each token, whole texts together; ``NOT_COUNTED`` for those that do not count."""
+    _, back = np.unique(corpus.tokens.text_index.cpu().numpy(), return_inverse=True)
     n = int(back.max()) + 1
-    if n < 4:
-        raise ValueError(
-            f"{n} texts cannot be parted to find, choose and measure; give at least 4."
-        )
-    rank = np.random.default_rng([random_state, 0]).permutation(n)
-    of_text = np.where(rank < n // 2, 0, np.where(rank < n // 2 + (n - n // 2) // 2, 1, 2))
-    return np.where(corpus.counted.cpu().numpy(), of_text[back.reshape(-1)], -1)
+    if n < n_folds:
+        raise ValueError(f"{n} texts make no {n_folds} folds; give more, or lower n_folds.")
+    fold = np.random.default_rng([random_state, 0]).permutation(n) % n_folds
+    return np.where(corpus.counted.cpu().numpy(), fold[back.reshape(-1)], NOT_COUNTED)
 
 
 def _searched(
     families: Sequence[Trait],
     row: np.ndarray,
     latent: np.ndarray,
-    part: np.ndarray,
+    fold: np.ndarray,
     m: int,
     max_terms: int,
+    *,
+    with_terms: bool = False,
 ) -> _Found:
-    fires = np.stack([np.bincount(latent[part[row] == one], minlength=m) for one in range(3)])
-    best = np.full(m, -1.0)
-    family = np.zeros(m, dtype=np.int64)
+    n_folds = int(fold.max()) + 1
+    fires = _counts(latent, fold[row], m, n_folds)
+    best, family = np.full(m, -1.0), np.zeros(m, dtype=np.int64)
     terms: list[tuple[int, ...]] = [()] * m
     figures = np.zeros((3, m))
     for index, trait in enumerate(families):
         size = len(trait.names)
-        totals = [_totals(trait.value[part == one], size) for one in range(3)]
-        counts = [_pairs(trait.value, row, latent, part, one, size) for one in range(3)]
-        pairs, hits = counts[0]
-        telling = hits >= np.maximum(2, _LEAST_SHARE * fires[0][pairs // size])
-        keys = _best_terms(pairs[telling], hits[telling], totals[0], fires[0], size, max_terms)
-        scores = [_scored(keys, *counts[one], totals[one], fires[one], size) for one in (1, 2)]
-        better = scores[0][2] > best
-        best[better] = scores[0][2][better]
-        family[better] = index
-        figures[:, better] = scores[1][:, better]
-        edges = np.searchsorted(keys, np.arange(m + 1) * size)
-        for i in np.flatnonzero(better):
-            mine = keys[edges[i] : edges[i + 1]]
-            often = np.argsort(-hits[np.searchsorted(pairs, mine)], kind="stable")
-            terms[i] = tuple((mine[often] - i * size).tolist())
+        has = (trait.value != NO_TRAIT) & (fold != NOT_COUNTED)
+        totals = _counts(trait.value[has], fold[has], size, n_folds)
+        keys, hits = _pairs(trait.value, row, latent, fold, size, n_folds)
+        right, named = np.zeros(m), np.zeros(m)
+        for one in range(n_folds):
+            others = np.arange(n_folds) != one
+            rule = _best_terms(
+                keys,
+                hits[:, others].sum(1),
+                totals[:, others].sum(1),
+                fires[:, others].sum(1),
+                max_terms,
+            )
+            owner = keys[rule] // size
+            right += np.bincount(owner, hits[rule, one], m)
+            named += np.bincount(owner, totals[keys[rule] % size, one], m)
+        whole = fires.sum(1)
+        f1 = 2 * right / np.maximum(named + whole, 1)
+        better = f1 > best
+        best[better], family[better] = f1[better], index
+        found = np.stack([right / np.maximum(named, 1), right / np.maximum(whole, 1), f1])
+        figures[:, better] = found[:, better]
+        if with_terms:
+            rule = _best_terms(keys, hits.sum(1), totals.sum(1), whole, max_terms)
+            rule = rule[np.lexsort((-hits[rule].sum(1), keys[rule] // size))]
+            edges = np.searchsorted(keys[rule] // size, np.arange(m + 1))
+            for i in np.flatnonzero(better):
+                terms[i] = tuple((keys[rule[edges[i] : edges[i + 1]]] % size).tolist())
     return _Found(family, terms, *figures)
 
 
-def _totals(value: np.ndarray, size: int) -> np.ndarray:
-    return np.bincount(value[value != NO_TRAIT], minlength=size)
+def _counts(value: np.ndarray, fold: np.ndarray, size: int, n_folds: int) -> np.ndarray:
+    """How often each value occurs in each fold, (size, n_folds)."""
+    return np.bincount(value * n_folds + fold, minlength=size * n_folds).reshape(size, n_folds)
 
 
 def _pairs(
-    value: np.ndarray, row: np.ndarray, latent: np.ndarray, part: np.ndarray, one: int, size: int
+    value: np.ndarray,
+    row: np.ndarray,
+    latent: np.ndarray,
+    fold: np.ndarray,
+    size: int,
+    n_folds: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Keys ``latent * size + term`` that occur in a part where the latent fires, and how often."""
-    kept = (part[row] == one) & (value[row] != NO_TRAIT)
-    keys, count = np.unique(latent[kept] * size + value[row[kept]], return_counts=True)
-    return keys, count
+    """Keys ``latent * size + term`` that occur where the latent fires, and how often by fold."""
+    has = value[row] != NO_TRAIT
+    keys, back = np.unique(latent[has] * size + value[row[has]], return_inverse=True)
+    return keys, _counts(back.reshape(-1), fold[row[has]], len(keys), n_folds)
 
 
 def _best_terms(
-    keys: np.ndarray,
-    hits: np.ndarray,
-    totals: np.ndarray,
-    fires: np.ndarray,
-    size: int,
-    max_terms: int,
+    keys: np.ndarray, hits: np.ndarray, totals: np.ndarray, fires: np.ndarray, max_terms: int
 ) -> np.ndarray:
-    """Keys of each latent's terms of largest ``F1 = 2 hits / (fires + named)``, ascending.
+    """Places in ``keys`` of each latent's terms of largest ``F1 = 2 hits / (fires + named)``.
 
     For a ratio ``r`` the best set takes the terms of largest ``2 hits - r named``, if positive;
-    its F1 is the next ``r``, until that stands still.
+    its F1 is the next ``r``, until that stands still. Terms of too little say are left out.
     """
-    owner, named = keys // size, totals[keys % size]
+    owner, term = keys // len(totals), keys % len(totals)
+    telling = np.flatnonzero(hits >= np.maximum(2, _LEAST_SHARE * fires[owner]))
+    owner, named, right = owner[telling], totals[term[telling]], hits[telling]
     ratio = np.zeros(len(fires))
-    chosen = np.zeros(len(keys), dtype=bool)
+    chosen = np.zeros(len(telling), dtype=bool)
     for _ in range(_MAX_STEPS):
-        gain = 2 * hits - ratio[owner] * named
+        gain = 2 * right - ratio[owner] * named
         order = np.lexsort((-gain, owner))
-        rank = np.empty(len(keys), dtype=np.int64)
-        rank[order] = np.arange(len(keys)) - np.searchsorted(owner[order], owner[order])
+        rank = np.empty(len(order), dtype=np.int64)
+        rank[order] = np.arange(len(order)) - np.searchsorted(owner[order], owner[order])
         chosen = (gain > 0) & (rank < max_terms)
-        top = np.bincount(owner[chosen], 2.0 * hits[chosen], len(fires))
+        top = np.bincount(owner[chosen], 2.0 * right[chosen], len(fires))
         below = fires + np.bincount(owner[chosen], named[chosen], len(fires))
         following = top / np.maximum(below, 1)
         if np.allclose(following, ratio, atol=1e-12):
             break
         ratio = np.maximum(following, ratio)
-    return keys[chosen]
-
-
-def _scored(
-    rule: np.ndarray,
-    keys: np.ndarray,
-    hits: np.ndarray,
-    totals: np.ndarray,
-    fires: np.ndarray,
-    size: int,
-) -> np.ndarray:
-    """Precision, recall and F1 of each latent's rule, (3, m); 0 where they are undefined."""
-    place = np.searchsorted(keys, rule)
-    inside = place < len(keys)
-    hit = np.zeros(len(rule))
-    hit[inside] = np.where(keys[place[inside]] == rule[inside], hits[place[inside]], 0)
-    owner = rule // size
-    right = np.bincount(owner, hit, len(fires))
-    named = np.bincount(owner, totals[rule % size], len(fires))
-    precision = right / np.maximum(named, 1)
-    recall = right / np.maximum(fires, 1)
-    return np.stack([precision, recall, 2 * right / np.maximum(named + fires, 1)])
+    return telling[chosen]
