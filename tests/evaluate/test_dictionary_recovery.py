@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -40,8 +41,6 @@ def by_hand(model, tokenizer, texts, made, clean):
 
 @pytest.mark.parametrize("batch_size", [1, 3, "auto"])
 def test_figures_are_those_of_one_pass_a_text(llama, tokenizer, batch_size):
-    from contextlib import nullcontext
-
     coder = SparseAutoencoder(WIDTH, 64, {"name": "topk", "k": 6}, random_state=0)
     weights = state(llama)
     found = splice_fidelity(llama, tokenizer, {"layers.1": coder}, LONG, batch_size=batch_size)

@@ -2,7 +2,8 @@ import pytest
 import torch
 from cases import HIDDEN, TEXTS, WIDTH, hooks, same_state, state
 
-from manifold_unlearn import capture
+from manifold_unlearn import capture, intervene
+from manifold_unlearn.activations.sites import resolve_site
 from manifold_unlearn.activations.tokens import encode
 from manifold_unlearn.dictionary import (
     Crosscoder,
@@ -11,7 +12,7 @@ from manifold_unlearn.dictionary import (
     Transcoder,
 )
 from manifold_unlearn.evaluate import ablated, spliced
-from manifold_unlearn.evaluate.dictionary_splice import sites_of
+from manifold_unlearn.evaluate.dictionary_splice import edited_but, sites_of
 
 IDS = torch.tensor([[0, 40, 50, 60, 70, 80], [0, 45, 55, 65, 75, 85]])
 
@@ -102,8 +103,6 @@ def test_a_transcoder_writes_what_it_makes_of_the_rows_read(model, spell):
     def note(_module, _args, output):
         seen["written"] = output
 
-    from manifold_unlearn.activations.sites import resolve_site
-
     mlp = resolve_site(model, "layers.1.mlp").module
     with spliced(model, {spell("layers.1.mlp.input", "layers.1.mlp"): coder}):
         handles = [mlp.register_forward_pre_hook(keep), mlp.register_forward_hook(note)]
@@ -177,8 +176,6 @@ def test_with_its_error_the_model_is_itself_but_for_what_is_changed(model):
     with spliced(model, {"layers.0": coder}, error=True, change=lambda f: 2 * f):
         doubled = run(model)
     move = lambda h: h + coder.encode(h) @ coder.W_dec  # noqa: E731 - twice the code, once
-    from manifold_unlearn import intervene
-
     with intervene(model, {"layers.0": move}):
         torch.testing.assert_close(run(model), doubled, rtol=1e-4, atol=1e-4)
     with spliced(model, {"layers.0": coder}, change=torch.zeros_like):
@@ -209,6 +206,18 @@ def test_tokens_that_are_left_alone_keep_their_rows(llama, tokenizer):
     assert special.sum() == len(TEXTS)
     assert torch.equal(acts["layers.0"][special], rows[special])
     torch.testing.assert_close(acts["layers.0"][~special], coder(rows[~special]).detach())
+
+
+def test_any_map_can_leave_tokens_alone(llama, tokenizer):
+    rows = capture(llama, tokenizer, TEXTS, ["layers.1"])["layers.1"]
+    before = run(llama)
+    with edited_but(llama, {"layers.1": lambda h: 2 * h}, leave_tokens=[0]):
+        acts = capture(llama, tokenizer, TEXTS, ["layers.1"])
+    factor = torch.where(acts.special, 1.0, 2.0)[:, None]
+    torch.testing.assert_close(acts["layers.1"], rows * factor)
+    with edited_but(llama, {"layers.1": lambda h: h}, leave_tokens=[0]):
+        assert torch.equal(run(llama), before)
+    assert hooks(llama) == 0
 
 
 def test_sinks_are_left_alone_where_they_are_read_or_written(llama, tokenizer):

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
 from manifold_unlearn.dictionary import SparseAutoencoder
 from manifold_unlearn.evaluate import targeted_perturbation
@@ -54,8 +55,6 @@ def test_a_class_that_is_a_latent_can_be_taken_out_alone():
 
 
 def test_figures_are_those_of_probes_on_rows_changed_by_hand():
-    from sklearn.linear_model import LogisticRegression
-
     rows, labels, codes, turn = world()
     held_out = np.arange(300) % 3 == 0
     mixed = np.eye(D)
