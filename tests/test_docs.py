@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-ROOMS = ("evaluation", "geometry", "phenomenology", "steering", "unlearning")
+ROOMS = ("dictionary", "evaluation", "geometry", "phenomenology", "steering", "unlearning")
 PAGES = sorted(page for room in ROOMS for page in (DOCS / room).glob("*.md"))
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 EXAMPLES = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf-8"))]
