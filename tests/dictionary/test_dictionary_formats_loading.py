@@ -41,6 +41,16 @@ def test_two_formats_in_one_directory_ask_for_one(tmp_path):
     assert torch.equal(load(tmp_path / "ae.pt").W_enc, w["W_enc"])
 
 
+@pytest.mark.parametrize("name", ["trainer_state.pt", "notes.pt"])
+def test_a_file_beside_a_dictionary_does_not_stand_in_its_way(tmp_path, name):
+    foreign.saelens(tmp_path, "standard", weights())
+    (tmp_path / name).write_bytes(b"the state of an optimizer, or anything")
+    assert torch.equal(load(tmp_path).W_enc, weights()["W_enc"])
+    (tmp_path / "sae_weights.safetensors").unlink()
+    with pytest.raises(DictionaryFormatError, match="no format that is known|notes.pt is not read"):
+        load(tmp_path)
+
+
 def test_a_format_that_is_not_there_says_what_is(tmp_path):
     foreign.saelens(tmp_path, "standard", weights())
     words = r"not of the format sparsify \(cfg.json, sae.safetensors\); it holds cfg.json, sae_"

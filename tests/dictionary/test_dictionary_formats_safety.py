@@ -58,7 +58,7 @@ def checkpoint(path, value, protocol, zipped=True):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize("protocol", [0, 2, 4])
 @pytest.mark.parametrize("place", ["alone", "in the configuration", "beside the weights"])
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_a_malicious_pickle_runs_nothing(tmp_path, payload, place, protocol, zipped):
@@ -146,7 +146,7 @@ def test_what_would_unpack_to_gigabytes_is_not_unpacked(tmp_path):
     for name, member in (("params.npz", "W_enc.npy"), ("ae.pt", "archive/data/0")):
         place = tmp_path / name.replace(".", "_")
         place.mkdir()
-        with zipfile.ZipFile(place / name, "w", zipfile.ZIP_DEFLATED) as archive:
+        with zipfile.ZipFile(place / name, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
             with archive.open(member, "w") as file:
                 for _ in range(100):
                     file.write(bytes(1 << 20))

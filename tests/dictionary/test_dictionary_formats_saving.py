@@ -28,7 +28,7 @@ RULES = {
     "abs_topk": {"name": "abs_topk", "k": 3},
     "groupmax": {"name": "groupmax", "k": 3},
     "batch_topk": {"name": "batch_topk", "k": 3},
-    "jumprelu": {"name": "jumprelu"},
+    "jumprelu": {"name": "jumprelu", "bandwidth": 0.02},
     "gated": {"name": "gated"},
 }
 

@@ -135,7 +135,15 @@ def _understanding(source: Source) -> Iterator[None]:
 
 def _recognized(source: Source) -> Family | None:
     """The one format of a source; None where only its directories may have one."""
-    found = [family for family in _FAMILIES.values() if family.recognizes(source)]
+    found: list[Family] = []
+    unread: DictionaryFormatError | None = None
+    for family in _FAMILIES.values():
+        try:
+            found += [family] * family.recognizes(source)
+        except DictionaryFormatError as error:  # of a file that may be of no dictionary
+            unread = error
+    if unread is not None and not found:
+        raise unread
     if len(found) > 1:
         names = ", ".join(family.name for family in found)
         raise DictionaryFormatError(

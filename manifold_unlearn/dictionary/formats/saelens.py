@@ -157,7 +157,10 @@ def _nonlinearity(
         else:
             (threshold,) = named(path, tensors, "threshold")
         threshold = threshold.clamp(min=0)  # below 0 they keep relu(pre), not pre
-        return {"name": "jumprelu"}, {"nonlinearity.threshold": threshold}
+        rule: dict[str, Any] = {"name": "jumprelu"}
+        if config.get("jumprelu_bandwidth") is not None:  # of its training
+            rule["bandwidth"] = number(path, "jumprelu_bandwidth", config["jumprelu_bandwidth"])
+        return rule, {"nonlinearity.threshold": threshold}
     if shape == "gated":
         gate, magnitude, gain = named(path, tensors, "b_gate", "b_mag", "r_mag")
         return {"name": "gated"}, {

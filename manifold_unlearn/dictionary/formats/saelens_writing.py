@@ -144,6 +144,8 @@ def _metadata(coder: SparseCoder) -> dict[str, Any]:
             found["model_name"] = where["model"]
     if isinstance(coder.nonlinearity, BatchTopK):
         found |= {"training_architecture": "batchtopk", "training_k": coder.nonlinearity.k}
+    if isinstance(coder.nonlinearity, JumpReLU):
+        found["jumprelu_bandwidth"] = coder.nonlinearity.bandwidth
     return {"sae_lens_version": "6.0.0", **found}
 
 

@@ -18,6 +18,7 @@ Coder: TypeAlias = SparseCoder | CrossLayerTranscoder
 Which: TypeAlias = Mapping[str, Any]
 
 CONFIGS = ("cfg.json", "config.json", "config.yaml", "hyperparams.json", "artifact.json")
+_TRAINING = re.compile(r"(trainer_state|state|optimizer|lr_scheduler|scheduler)(_\d+)?\.pth?")
 
 
 class Family(NamedTuple):
@@ -127,7 +128,11 @@ class Source:
 
     def checkpoint(self) -> tuple[str, dict[str, Any]] | None:
         """The one torch checkpoint here, if its value is fields with names."""
-        found = [n for n in self.names if n.endswith((".pt", ".pth"))]
+        found = [
+            name
+            for name in self.names
+            if name.endswith((".pt", ".pth")) and not _TRAINING.fullmatch(name)
+        ]
         if "ae.pt" in found:  # beside which checkpoints of its training may lie
             found = ["ae.pt"]
         if len(found) != 1:
