@@ -9,6 +9,7 @@ Crosscoders over told, unlearned and never-told model say what is left.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 import unlearning
-from cli_from_dataclass import parse, write
+from cli_from_dataclass import RESULTS, parse, write
 from torch import Tensor
 from unlearning import Settings, attacked, figures, mean, put_into_page, relearned, shown
 
@@ -67,9 +68,15 @@ class Config:
     n_filler: int = 160
     relearn_points: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
     relearn_lr: float = 3e-4
+    chosen_by: str = ""
+    """Preset whose settings are taken instead of tuning anew."""
 
 
-PRESETS = {"quick": Config()}
+PRESETS = {
+    "quick": Config(),
+    "seed_1": Config(seed=1, attacked=(), diffed=(), chosen_by="quick"),
+    "seed_2": Config(seed=2, attacked=(), diffed=(), chosen_by="quick"),
+}
 
 SETTINGS: dict[str, tuple[Settings, ...]] = {
     "clamped": (
@@ -228,7 +235,7 @@ def tested(
     sets = unlearning.sets_of(bed, config)  # type: ignore[arg-type]
     yard = yardstick(bed.tokenizer, sets, reference=never, target=told)
     goal = shown(never, bed)
-    control = relearned(bed.never_told, bed, config)  # type: ignore[arg-type]
+    control = relearned(bed.never_told, bed, config) if config.attacked else 1.0  # type: ignore[arg-type]
     for method in ("told", "never told", *chosen):
         start = time.process_time()
         subject = {"told": told, "never told": never}.get(method)
@@ -241,7 +248,7 @@ def tested(
             row |= {"verdict": report.judgement.verdict, **asdict(report.judgement.aggregates)}
         row |= report.profiles["model"].figures["depth"]
         row["perplexity"] = report.profiles["model"].figures["neutral"]["perplexity"]
-        if method in (*config.attacked, "never told"):
+        if method in config.attacked or (config.attacked and method == "never told"):
             with subject() as model:
                 row |= attacked(model, bed, config)  # type: ignore[arg-type]
                 row["relearning"] = relearned(model, bed, config) / control  # type: ignore[arg-type]
@@ -288,8 +295,13 @@ def run(config: Config, preset: str) -> Iterator[dict[str, Any]]:
     world = unlearning.world_of(config, config.seed)  # type: ignore[arg-type]
     beds = [unlearning.bed_of(config, w) for w in (world, world.validation_split())]  # type: ignore[arg-type]
     coders = dictionaries(beds, config)
-    rows = tuned(given_of(beds[1], coders, config), config)
-    chosen = settings_of(rows)
+    rows: list[dict[str, Any]] = []
+    if config.chosen_by:
+        known = RESULTS / "feature_erasure" / f"{config.chosen_by}.json"
+        chosen = json.loads(known.read_text(encoding="utf-8"))["chosen"]
+    else:
+        rows = tuned(given_of(beds[1], coders, config), config)
+        chosen = settings_of(rows)
     given, subjects = given_of(beds[0], coders, config), {}
 
     def result() -> dict[str, Any]:
