@@ -103,9 +103,9 @@ class Reconstruction:
     n_zero: int
     """Rows left out of the cosine."""
     explained_by_row: float | None
-    """Mean over the rows of ``1 - norm(y - y_hat)**2 / norm(y - mean(y))**2``: SAEBench, and
-    ``explained_variance_legacy`` in SAELens. None for a stream, whose mean is not known before,
-    and where a row is the mean."""
+    """Mean over the rows of ``1 - norm(y - y_hat)**2 / norm(y - mean(y))**2``:
+    ``explained_variance_legacy`` in SAELens and SAEBench. None for a stream, whose mean is not
+    known before, and where a row is the mean."""
     by_group: np.ndarray | None
     """(n_groups, 2) float64: squared error and squared distance from the mean, summed a group"""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 import torch
@@ -47,6 +47,10 @@ class SAEBenchConfig:
     training_tokens: int = -100_000
     sae_lens_training_version: str | None = None
     neuronpedia_id: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, without what SAEBench adds to a configuration as it loads it."""
+        return asdict(self)
 
 
 class SAEBenchAdapter:

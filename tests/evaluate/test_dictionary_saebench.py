@@ -113,6 +113,18 @@ def test_the_configuration_has_every_field_and_is_json(shape, name):
     assert written["activation_fn_kwargs"] == ({"k": 5} if "k" in shape else {})
 
 
+def test_the_configuration_is_written_after_sae_bench_added_to_it():
+    """It sets attributes as it loads a dictionary, and writes ``to_dict()`` into its results."""
+    cfg = SAEBenchAdapter(coder_of({"name": "topk", "k": 5})).cfg
+    cfg.architecture_str, cfg.metadata, cfg.exclude_special_tokens = (
+        cfg.architecture,
+        object(),
+        None,
+    )
+    written = json.loads(json.dumps(cfg.to_dict()))
+    assert set(written) == ASKED and written["architecture"] == "topk"
+
+
 def test_names_are_those_of_transformer_lens():
     coder = coder_of({"name": "relu"})
     coder.origin = {"site": "layers.3.mlp", "model": "gpt2"}
