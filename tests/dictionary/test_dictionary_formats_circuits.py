@@ -104,6 +104,17 @@ def test_circuit_tracers_transcoders(tmp_path, rule, skip):
         load(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["transcoder_set", "cross_layer_transcoder"])
+def test_a_configuration_that_only_names_weights_says_where_they_lie(tmp_path, kind):
+    text = f"model_kind: {kind}\ntranscoders: ['hf://them/a/layer_0.safetensors']\n"
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(FileNotFoundError, match=r"lie at hf://them/a/layer_0.safetensors, .*Fetch"):
+        load(tmp_path)
+    (tmp_path / "config.yaml").write_text(f"model_kind: {kind}")
+    with pytest.raises(FileNotFoundError, match="holds no weights: they lie elsewhere"):
+        load(tmp_path)
+
+
 def test_a_yaml_that_names_objects_is_refused(tmp_path):
     plt(tmp_path, "relu")
     (tmp_path / "config.yaml").write_text("a: !!python/object/apply:os.system ['touch /tmp/x']")

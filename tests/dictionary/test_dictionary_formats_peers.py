@@ -11,7 +11,12 @@ import torch
 from foreign_files import draw
 
 from manifold_unlearn.dictionary import SparseAutoencoder, SparseCoder, Transcoder
-from manifold_unlearn.dictionary.formats import fold_encoder_bias, load, save
+from manifold_unlearn.dictionary.formats import (
+    DictionaryFormatError,
+    fold_encoder_bias,
+    load,
+    save,
+)
 
 D, H, K = 16, 64, 4
 X = draw(500, D, seed=99)
@@ -135,6 +140,16 @@ def test_a_checkpoint_of_a_training_of_saelens_is_read(tmp_path, record_property
     training, inference = load(tmp_path / "training"), load(tmp_path / "inference")
     compared(record_property, [training(X)], [inference(X)])
     assert inference.nonlinearity.name == ("topk" if kind == "topk" else "jumprelu")
+
+
+@pytest.mark.parametrize("architecture", ["matching_pursuit", "temporal"])
+def test_what_saelens_alone_can_express_is_refused_by_name(tmp_path, architecture):
+    registry = pytest.importorskip("sae_lens.registry")
+    kind, settings = registry.get_sae_class(architecture)
+    heads = {"n_heads": 2, "bottleneck_factor": 2} if architecture == "temporal" else {}
+    kind(settings(d_in=D, d_sae=H, **heads)).save_model(tmp_path)
+    with pytest.raises(DictionaryFormatError, match=f"architecture {architecture}: its code"):
+        load(tmp_path)
 
 
 SPARSIFY = [

@@ -188,7 +188,7 @@ def broken():
         ("saelens", shifted, r"an input shift of its own \(b_in\)"),
         ("saelens", broken, "b_dec holds values that are not finite"),
         ("saelens", lambda: stirred(SparseAutoencoder(D, H, RULES["gated"])),
-         r"gated dictionary with an encoder bias .* call fold_encoder_bias"),
+         r"gated dictionary with an encoder bias .* call dictionary.formats.fold_encoder_bias"),
         ("saelens", lambda: Transcoder(D, H, 5, RULES["topk"]), "a transcoder with topk"),
         ("saelens", lambda: Transcoder(D, H, 5, RULES["relu"], normalization="layer_norm"),
          "a transcoder with a normalization"),

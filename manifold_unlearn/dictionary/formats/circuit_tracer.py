@@ -27,7 +27,22 @@ _THRESHOLD = "activation_function.threshold"
 
 
 def _recognizes(source: Source) -> bool:
-    return bool(source.matching(_LAYER))
+    return bool(source.matching(_LAYER)) or _says(source, "transcoder_set")
+
+
+def _says(source: Source, kind: str) -> bool:
+    return source.has(_CONFIG) and source.yaml(_CONFIG).get("model_kind") == kind
+
+
+def _require_files(source: Source, found: dict[int, str], config: dict[str, Any]) -> None:
+    """The files themselves, which a configuration may only name."""
+    if not found:
+        named_there = [str(uri) for uri in config.get("transcoders") or []][:3]
+        where = f" at {', '.join(named_there)}, ..." if named_there else " elsewhere"
+        raise FileNotFoundError(
+            f"{source} holds no weights: they lie{where}. Fetch them, and give their directory or "
+            "one of their files."
+        )
 
 
 def _where(config: dict[str, Any], layer: int) -> dict[str, str]:
@@ -40,8 +55,10 @@ def _where(config: dict[str, Any], layer: int) -> dict[str, str]:
 
 
 def _read(source: Source, which: Which) -> Transcoder:
-    layer, name = one_layer(source, source.matching(_LAYER), which)
-    path, config, tensors = source.at(name), source.yaml(_CONFIG), source.safetensors(name)
+    found, config = source.matching(_LAYER), source.yaml(_CONFIG)
+    _require_files(source, found, config)
+    layer, name = one_layer(source, found, which)
+    path, tensors = source.at(name), source.safetensors(name)
     encoder, decoder, b_enc, b_dec = named(path, tensors, "W_enc", "W_dec", "b_enc", "b_dec")
     d_sae, d_in = width(path, "W_enc", encoder)
     d_out = width(path, "W_dec", decoder)[1]
@@ -76,12 +93,13 @@ def _rule(
 
 
 def _recognizes_cross_layer(source: Source) -> bool:
-    return bool(source.matching(_ENCODER))
+    return bool(source.matching(_ENCODER)) or _says(source, "cross_layer_transcoder")
 
 
 def _read_cross_layer(source: Source, _: Which) -> CrossLayerTranscoder:
     source = Source(source.directory)
     found, config = source.matching(_ENCODER), source.yaml(_CONFIG)
+    _require_files(source, found, config)
     if list(found) != list(range(len(found))):
         raise DictionaryFormatError(
             f"{source} holds the encoders of layers {', '.join(map(str, found))}; a cross-layer "

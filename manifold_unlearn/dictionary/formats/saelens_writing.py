@@ -84,7 +84,7 @@ def _shape(coder: SparseCoder) -> tuple[str, dict[str, Tensor]]:
             raise refused(
                 "saelens",
                 "a gated dictionary with an encoder bias beside those of gate and magnitude",
-                "call fold_encoder_bias(coder) first, which changes no code",
+                "call dictionary.formats.fold_encoder_bias(coder) first, which changes no code",
             )
         return "gated", {
             "b_gate": rule.gate_bias,
