@@ -220,6 +220,17 @@ def test_any_map_can_leave_tokens_alone(llama, tokenizer):
     assert hooks(llama) == 0
 
 
+def test_tokens_are_found_in_the_pass_of_every_architecture(model):
+    before = run(model)
+    first = IDS[0, :3].tolist()
+    with edited_but(model, {"layers.1": torch.zeros_like}, leave_tokens=first):
+        made = run(model)
+    torch.testing.assert_close(made[0, :3], before[0, :3])
+    assert (made[0, 3:] - before[0, 3:]).abs().max() > 1e-3
+    with edited_but(model, {"layers.1": torch.zeros_like}, leave_tokens=IDS.unique().tolist()):
+        torch.testing.assert_close(run(model), before)
+
+
 def test_sinks_are_left_alone_where_they_are_read_or_written(llama, tokenizer):
     ids = [row.ids for row in encode(tokenizer, TEXTS)]
     with torch.no_grad():
