@@ -194,6 +194,14 @@ def test_what_cannot_be_expressed_is_refused_by_name(tmp_path, architecture, con
         load(tmp_path)
 
 
+def test_what_is_said_of_the_training_does_not_overrule_what_is(tmp_path):
+    about = {"k": 99, "apply_b_dec_to_input": False, "training_architecture": "batchtopk"}
+    foreign.saelens(tmp_path, "topk", weights(), about, k=K)
+    coder = load(tmp_path)
+    assert coder.nonlinearity.k == K
+    assert coder.centered
+
+
 def test_weights_without_their_configuration_say_what_is_missing(tmp_path):
     foreign.saelens(tmp_path, "standard", weights())
     (tmp_path / "cfg.json").unlink()

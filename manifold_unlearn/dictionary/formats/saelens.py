@@ -61,7 +61,7 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of version 6, whatever version wrote them."""
     config = {_RENAMED.get(name, name): value for name, value in config.items()}
     metadata = config.get("metadata")
-    config = {**config, **(metadata if isinstance(metadata, dict) else {})}
+    config = {**(metadata if isinstance(metadata, dict) else {}), **config}
     config.setdefault("architecture", "standard")
     arguments = config.get("activation_fn_kwargs") or {}
     if config.get("activation_fn") == "topk" and arguments.get("k") is not None:
