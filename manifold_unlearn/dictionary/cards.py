@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manifold_unlearn.dictionary.code_rows import checked_latents, select_latents
 from manifold_unlearn.dictionary.codes import SparseCode
+from manifold_unlearn.dictionary.coding import checked_latents, select_latents
 from manifold_unlearn.dictionary.contexts import Context, FeatureContexts
 from manifold_unlearn.dictionary.effects import LogitEffects
 from manifold_unlearn.dictionary.geometry import correlated_latents

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from manifold_unlearn.activations.tokens import Text, TokenTable
-from manifold_unlearn.dictionary.code_rows import checked_latents, without_zeros
 from manifold_unlearn.dictionary.coder import SparseCoder
 from manifold_unlearn.dictionary.codes import SparseCode
-from manifold_unlearn.dictionary.corpus_codes import stream_codes, token_strings
+from manifold_unlearn.dictionary.coding import checked_latents, without_zeros
+from manifold_unlearn.dictionary.corpus import stream_codes, token_strings
 
 NO_TOKEN = -1
 """Token id in a window beyond the ends of the text."""
@@ -198,7 +198,7 @@ def find_contexts(
         At most one of the strongest contexts from a text, its strongest.
     random_state : int, default=0
     **options
-        As :func:`~manifold_unlearn.dictionary.corpus_codes.stream_codes`.
+        As :func:`~manifold_unlearn.dictionary.corpus.stream_codes`.
 
     Returns
     -------

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from manifold_unlearn.activations.sites import find_decoder
 from manifold_unlearn.arrays import require_finite, row_blocks
-from manifold_unlearn.dictionary.code_rows import checked_latents
 from manifold_unlearn.dictionary.coder import SparseCoder
-from manifold_unlearn.dictionary.corpus_codes import token_strings
+from manifold_unlearn.dictionary.coding import checked_latents
+from manifold_unlearn.dictionary.corpus import token_strings
 
 _BLOCK = 256
 _AGREES = 1e-3  # of a norm's output with what its gain predicts, relative

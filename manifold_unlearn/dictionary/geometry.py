@@ -15,9 +15,9 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from manifold_unlearn.arrays import Device, as_rows, generator, row_blocks
-from manifold_unlearn.dictionary.code_rows import as_code, checked_latents
 from manifold_unlearn.dictionary.coder import SparseCoder
 from manifold_unlearn.dictionary.codes import SparseCode, decode_sparse
+from manifold_unlearn.dictionary.coding import as_code, checked_latents
 
 Method = Literal["spectral", "agglomerative", "components"]
 _BLOCK = 2048

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from manifold_unlearn.arrays import as_rows
-from manifold_unlearn.dictionary.code_rows import as_code
 from manifold_unlearn.dictionary.codes import SparseCode
+from manifold_unlearn.dictionary.coding import as_code
 
 Score = Literal[
     "log_odds",

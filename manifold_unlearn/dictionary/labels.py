@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from manifold_unlearn.dictionary.code_rows import without_zeros
+from manifold_unlearn.dictionary.coding import without_zeros
 from manifold_unlearn.dictionary.contexts import Context, FeatureContexts
-from manifold_unlearn.dictionary.corpus_codes import CorpusCode
+from manifold_unlearn.dictionary.corpus import CorpusCode
 from manifold_unlearn.dictionary.token_traits import NO_TRAIT, Trait, token_traits
 
 NOTHING = "none"
@@ -74,7 +74,7 @@ def label_latents(
     Parameters
     ----------
     corpus : CorpusCode
-        Of :func:`~manifold_unlearn.dictionary.corpus_codes.corpus_codes`. First and special tokens
+        Of :func:`~manifold_unlearn.dictionary.corpus.corpus_codes`. First and special tokens
         do not count, but are seen by their neighbors.
     tokenizer : transformers.PreTrainedTokenizerBase
     latents : sequence of int, optional

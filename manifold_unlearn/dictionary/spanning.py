@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from manifold_unlearn.arrays import Device, as_rows, generator
-from manifold_unlearn.dictionary.code_rows import checked_latents
+from manifold_unlearn.dictionary.coding import checked_latents
 
 _DEPENDENT = 1e-6  # squared part of a unit direction outside the chosen span that is rounding
 

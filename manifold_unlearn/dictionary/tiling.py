@@ -15,7 +15,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from manifold_unlearn.arrays import as_rows, generator
-from manifold_unlearn.dictionary.code_rows import as_code
+from manifold_unlearn.dictionary.coding import as_code
 
 _BINS = {1: 40, 2: 20, 3: 10}
 

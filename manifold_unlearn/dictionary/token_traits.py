@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from manifold_unlearn.activations.tokens import TokenTable
-from manifold_unlearn.dictionary.corpus_codes import token_strings
+from manifold_unlearn.dictionary.corpus import token_strings
 
 NO_TRAIT = -1
 _LAST_POSITION = 7

@@ -6,7 +6,7 @@ from manifold_unlearn.activations.capture import capture
 from manifold_unlearn.activations.tokens import TokenTable
 from manifold_unlearn.dictionary import Crosscoder, SparseAutoencoder, SparseCode
 from manifold_unlearn.dictionary.contexts import ContextFinder, find_contexts
-from manifold_unlearn.dictionary.corpus_codes import corpus_codes, stream_codes, token_strings
+from manifold_unlearn.dictionary.corpus import corpus_codes, stream_codes, token_strings
 
 TEXTS = [
     "The river runs down to the sea in spring, and the sea is cold.",

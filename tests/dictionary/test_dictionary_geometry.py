@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from manifold_unlearn.dictionary import SparseAutoencoder, SparseCode
-from manifold_unlearn.dictionary.code_rows import code_rows
+from manifold_unlearn.dictionary.coding import code_rows
 from manifold_unlearn.dictionary.geometry import (
     cluster_reconstruction,
     co_activation,

@@ -1,16 +1,22 @@
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from manifold_unlearn.activations.capture import capture
 from manifold_unlearn.activations.tokens import encode
-from manifold_unlearn.dictionary import SparseCode
+from manifold_unlearn.dictionary import SparseAutoencoder, SparseCode
+from manifold_unlearn.dictionary.coding import select_rows
 from manifold_unlearn.dictionary.contexts import ContextFinder
-from manifold_unlearn.dictionary.corpus_codes import CorpusCode, TokenTable
+from manifold_unlearn.dictionary.corpus import CorpusCode, TokenTable, corpus_codes
+from manifold_unlearn.dictionary.importance import latent_importance
 from manifold_unlearn.dictionary.labels import NOTHING, _best_terms, judged_labels, label_latents
+from manifold_unlearn.dictionary.settings import DictionaryTraining
 from manifold_unlearn.dictionary.token_traits import Trait, token_traits
+from manifold_unlearn.dictionary.train import train_dictionaries
 
 PHRASE = "the sea is cold and the River runs to a mill , walking 3 sailors sing ; no one went"
 N_TEXTS = 160
@@ -196,6 +202,29 @@ def test_own_traits_and_a_judge_can_be_given(labeled, corpus, tokenizer):
         judged_labels(contexts, len, latents=[0])
     with pytest.raises(ValueError, match="latent 9 never fires"):
         judged_labels(contexts, str, latents=[9])
+
+
+@pytest.mark.slow
+def test_the_latents_of_a_forget_set_are_labeled_with_its_names(tiny_testbed):
+    world, model, tokenizer = tiny_testbed.world, tiny_testbed.told, tiny_testbed.tokenizer
+    texts = [item.text for item in world.forget + world.retain]
+    sae = SparseAutoencoder(96, 512, {"name": "topk", "k": 16}, random_state=0)
+    acts = capture(model, tokenizer, texts, "layers.2")
+    rows = acts["layers.2"][acts.position > 0]
+    train_dictionaries(sae, rows, DictionaryTraining(n_steps=400, lr=3e-3, batch_size=512))
+    found = corpus_codes(model, tokenizer, texts, sae, "layers.2")
+    forget = (found.tokens.text_index < len(world.forget)) & found.counted
+    sides = (select_rows(found.code, part) for part in (forget, found.counted & ~forget))
+    importance = latent_importance(*sides, sae.W_dec)
+    ranked = importance.top(by="z", max_retain_frequency=0.05)
+    labels = label_latents(found, tokenizer, strength=0.5)
+    names = {name for item in world.forget for name in item.topic.split()}
+    named = [any(name in labels[i].text for name in names) for i in ranked]
+    assert sum(named[:20]) >= 8
+    assert sum(named[-20:]) <= 3
+    mixed = torch.randperm(found.code.n_rows, generator=torch.Generator().manual_seed(0))
+    code = replace(found.code, row=mixed[found.code.row])
+    assert not any(one.terms for one in label_latents(CorpusCode(code, found.tokens), tokenizer))
 
 
 def test_labels_reject(corpus, tokenizer):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from manifold_unlearn.dictionary import SparseAutoencoder, SparseCode
-from manifold_unlearn.dictionary.code_rows import (
+from manifold_unlearn.dictionary.coding import (
     code_rows,
     join_codes,
     select_latents,

@@ -11,7 +11,7 @@ from manifold_unlearn.activations.tokens import TokenTable
 from manifold_unlearn.dictionary import SparseAutoencoder, SparseCode
 from manifold_unlearn.dictionary.cards import feature_cards
 from manifold_unlearn.dictionary.contexts import ContextFinder
-from manifold_unlearn.dictionary.corpus_codes import CorpusCode
+from manifold_unlearn.dictionary.corpus import CorpusCode
 from manifold_unlearn.dictionary.effects import logit_effects
 from manifold_unlearn.dictionary.labels import label_latents
 from manifold_unlearn.report import dictionary

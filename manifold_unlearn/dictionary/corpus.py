@@ -12,9 +12,9 @@ from tqdm.auto import tqdm
 
 from manifold_unlearn.activations.capture import capture
 from manifold_unlearn.activations.tokens import Text, TokenTable
-from manifold_unlearn.dictionary.code_rows import code_rows, join_codes
 from manifold_unlearn.dictionary.coder import SparseCoder
 from manifold_unlearn.dictionary.codes import SparseCode
+from manifold_unlearn.dictionary.coding import code_rows, join_codes
 
 _CHARACTERS = 4  # of a token, to guess how many texts make a block
 
