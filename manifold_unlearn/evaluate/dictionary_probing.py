@@ -15,7 +15,7 @@ from torch import Tensor
 
 from manifold_unlearn.arrays import as_rows
 from manifold_unlearn.dictionary import SparseCoder
-from manifold_unlearn.dictionary.code_rows import code_rows
+from manifold_unlearn.dictionary.coding import code_rows
 from manifold_unlearn.evaluate.results import Metric
 
 READERS = ("latents", "random_latents", "coordinates")
