@@ -60,8 +60,9 @@ class Config:
     k: int = 16
     steps: int = 1500
     """Of training a dictionary, 1024 rows each."""
+    crosscoder_steps: int = 500
     attacked: tuple[str, ...] = ("baked", "suppressed, closed form", "suppressed, tuned")
-    diffed: tuple[str, ...] = ("baked", "suppressed, closed form", "suppressed, tuned")
+    diffed: tuple[str, ...] = ("baked", "suppressed, tuned")
     diff_site: str = "layers.2"
     n_retain: int = 48
     n_neutral: int = 100
@@ -74,8 +75,8 @@ class Config:
 
 PRESETS = {
     "quick": Config(),
-    "seed_1": Config(seed=1, attacked=(), diffed=(), chosen_by="quick"),
-    "seed_2": Config(seed=2, attacked=(), diffed=(), chosen_by="quick"),
+    "seed_1": Config(seed=1, attacked=(), chosen_by="quick"),
+    "seed_2": Config(seed=2, attacked=(), chosen_by="quick"),
 }
 
 SETTINGS: dict[str, tuple[Settings, ...]] = {
@@ -263,11 +264,11 @@ def residual(given: Given, method: str, subject: Any, config: Config) -> dict[st
     with subject() as model:
         models = [bed.told, model, bed.never_told]
         crosscoder = Crosscoder(
-            3, model.config.hidden_size, config.d_sae, {"name": "batch_topk", "k": config.k},
+            3, model.config.hidden_size, config.d_sae, {"name": "topk", "k": config.k},
             random_state=0,
         )  # fmt: skip
         stream = stream_paired(models, bed.tokenizer, texts, site)
-        training = DictionaryTraining(n_steps=config.steps, lr=1e-3, log_every=config.steps)
+        training = DictionaryTraining(n_steps=config.crosscoder_steps, lr=1e-3, log_every=100)
         history = train_dictionaries(crosscoder, stream, training)
         read = [capture(one, bed.tokenizer, texts, site) for one in models]
     own = torch.stack([~(r.sink | r.special | (r.position == 0)) for r in read]).all(0)
