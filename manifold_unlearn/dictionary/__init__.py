@@ -26,6 +26,7 @@ from manifold_unlearn.dictionary.feature_eraser import FeatureEraser
 from manifold_unlearn.dictionary.formats import (
     FORMATS,
     DictionaryFormatError,
+    fold_encoder_bias,
     load,
     save,
 )
@@ -100,6 +101,7 @@ __all__ = [
     "duplicated_latents",
     "feature_cards",
     "find_contexts",
+    "fold_encoder_bias",
     "judged_labels",
     "label_latents",
     "latent_clusters",
