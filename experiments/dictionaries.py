@@ -17,17 +17,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cli_from_dataclass import parse, write
+from cli_from_dataclass import RESULTS, parse, write
 
 from manifold_unlearn.activations.models import load_model, resolve_device
 from manifold_unlearn.activations.sites import find_decoder
 from manifold_unlearn.dictionary import SparseAutoencoder
+from manifold_unlearn.dictionary.cards import feature_cards
+from manifold_unlearn.dictionary.coding import select_rows
+from manifold_unlearn.dictionary.contexts import find_contexts
+from manifold_unlearn.dictionary.corpus import corpus_codes
+from manifold_unlearn.dictionary.effects import logit_effects
+from manifold_unlearn.dictionary.importance import latent_importance, latent_statistics
+from manifold_unlearn.dictionary.labels import label_latents
 from manifold_unlearn.dictionary.settings import DictionaryTraining
 from manifold_unlearn.dictionary.streams import stream_activations
 from manifold_unlearn.dictionary.train import train_dictionaries
 from manifold_unlearn.evaluate.dictionary_fidelity import dictionary_fidelities
 from manifold_unlearn.evaluate.dictionary_recovery import splice_fidelity
+from manifold_unlearn.report.dashboard import FeatureDashboard
+from manifold_unlearn.report.dictionary import importance_scatter, sparsity_frontier
 from manifold_unlearn.testbed import load_testbed
+from manifold_unlearn.testbed.facts import split_by_topic
 
 COMMAND = "python experiments/dictionaries.py --preset {}"
 
@@ -58,6 +68,11 @@ class Config:
     random_state: int = 0
     checkpoint: str = ""
     """Directory from which an interrupted training goes on."""
+    topic: str = "book-authors"
+    """What the page of latents is about, for a model that is not the testbed; there, the people to
+    be forgotten."""
+    n_shown: int = 40
+    """Latents on the page."""
     recovery_target: float = 0.95
     l0_target: int = 32
 
@@ -135,13 +150,16 @@ def trained(model: Any, tokenizer: Any, texts: Sequence[str], config: Config) ->
     return coders, history
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, preset: str) -> dict[str, Any]:
     """Train, measure on held-out rows, splice one by one and all at once."""
     start = time.perf_counter()
     model, tokenizer, texts = opened(config)
     seen, unseen = split(texts, config)
     coders, history = trained(model, tokenizer, seen, config)
     rows = list(measured(model, tokenizer, coders, unseen, config))
+    where = RESULTS / "dictionaries"
+    frontier(rows, config).savefig(where / f"{preset}.png", dpi=150)
+    latents = page_of(model, tokenizer, coders, texts, config, where / f"{preset}_{{}}")
     return {
         "config": asdict(config),
         "seconds": time.perf_counter() - start,
@@ -150,7 +168,68 @@ def run(config: Config) -> dict[str, Any]:
             "curve": [asdict(m) for m in history.measured],
         },
         "rows": rows,
+        "forget_latents": latents,
     }  # fmt: skip
+
+
+def frontier(rows: Sequence[dict[str, Any]], config: Config) -> Any:
+    """Picture of the loss that comes back against the latents that fire, a line a block."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        curves.setdefault(row["site"], []).append((row["k"], row["recovery"]))
+    return sparsity_frontier(
+        dict(list(curves.items())[-8:]), label="Loss recovered", better="higher",
+        target=(config.l0_target, config.recovery_target),
+    )  # fmt: skip
+
+
+def sides(config: Config) -> tuple[list[str], list[str]]:
+    """Texts of the topic that would be forgotten, and of the others."""
+    if config.model == "testbed":
+        world = load_testbed("tiny", random_state=config.random_state, device="cpu").world
+        return list(world.texts("forget")), list(world.texts("retain"))
+    facts = split_by_topic(config.topic)
+    return [f.item.text for f in facts.forget], [f.item.text for f in (*facts.near, *facts.retain)]
+
+
+def page_of(
+    model: Any, tokenizer: Any, coders: Any, texts: Sequence[str], config: Config, where: Path
+) -> list[dict[str, Any]]:
+    """Write the page and the picture of the latents that fire on forget rather than on retain.
+
+    Of the last block's dictionary with the largest k within the target.
+    """
+    k = max(k for k in config.ks if k <= config.l0_target)
+    coder = [c for name, c in coders.items() if name.endswith(f" {k}")][-1]
+    site = coder.origin["site"]
+    forget, retain = sides(config)
+    codes = [corpus_codes(model, tokenizer, side, coder, site) for side in (forget, retain)]
+    counted = [latent_statistics(select_rows(c.code, c.counted)) for c in codes]
+    importance = latent_importance(*counted, coder.W_dec)
+    chosen = np.argsort(-importance.z)[: config.n_shown].tolist()
+    importance_scatter(
+        importance.forget.frequency, importance.retain.frequency, chosen=chosen[:12]
+    ).savefig(str(where).format("importance.png"), dpi=150)
+    corpus = [*forget, *retain, *texts[: len(retain)]]
+    topics = ["forget"] * len(forget) + ["retain"] * len(retain)
+    topics += ["other"] * (len(corpus) - len(topics))
+    contexts = find_contexts(model, tokenizer, corpus, coder, site, latents=chosen)
+    effects = logit_effects(model, tokenizer, coder, latents=chosen)
+    fired = corpus_codes(model, tokenizer, corpus, coder, site, latents=chosen)
+    labels = label_latents(fired, tokenizer, latents=chosen, topics=topics)
+    cards = feature_cards(
+        contexts, effects=effects, labels=labels, decoder=coder.W_dec,
+        figures={"log-odds": importance.log_odds, "z": importance.z},
+    )  # fmt: skip
+    about = "people to be forgotten" if config.model == "testbed" else config.topic
+    FeatureDashboard(cards, f"Latents of {about}", f"{config.model}, {site}, k = {k}").save(
+        str(where).format("latents.html")
+    )
+    return [
+        {"latent": card.latent, "label": card.label, "log_odds": card.figures["log-odds"],
+         "fires": card.frequency}
+        for card in cards
+    ]  # fmt: skip
 
 
 def measured(
@@ -208,7 +287,7 @@ def claims(rows: Sequence[dict[str, Any]], config: Config, command: str) -> list
 
 def main() -> None:
     preset, config = parse(PRESETS, __doc__)
-    result = run(config)
+    result = run(config, preset)
     result["claims"] = claims(result["rows"], config, COMMAND.format(preset))
     print(write("dictionaries", preset, result))
 
