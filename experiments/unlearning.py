@@ -52,7 +52,9 @@ from manifold_unlearn.testbed import FictionalWorld, Testbed, load_testbed
 from manifold_unlearn.testbed.models import RECIPES, WORLDS
 
 COMMAND = "python experiments/unlearning.py --preset {}"
-PAGE = Path(__file__).parents[1] / "docs" / "unlearning" / "claim.md"
+DOCS = Path(__file__).parents[1] / "docs" / "unlearning"
+PAGES = {"small": DOCS / "larger.md"}
+"""Where the table of a preset stands, if not in claim.md."""
 
 
 @dataclass(frozen=True)
@@ -491,5 +493,5 @@ def put_into_page(text: str, mark: str, page: Path) -> None:
 if __name__ == "__main__":
     preset, config = parse(PRESETS, __doc__)
     for result in run(config, preset):
-        put_into_page(table(result["rows"]), preset, PAGE)
+        put_into_page(table(result["rows"]), preset, PAGES.get(preset, DOCS / "claim.md"))
         print(write("unlearning", preset, result))
