@@ -106,6 +106,19 @@ def test_a_latent_that_fires_too_weakly_counts_by_its_fraction(planted):
     )
 
 
+def test_what_is_lost_is_not_absorbed(planted):
+    """The main latent is silent, but the latents of the kinds carry a fifth of the feature only."""
+    rows, labels, kind, held_out = planted
+    sae = absorbing()
+    with torch.no_grad():
+        sae.decoder[2 : 2 + 2 * ABSORBED : 2, PARENT] = 0.2
+    found = feature_absorption(sae, rows, labels, held_out)
+    assert found.main == (0,)
+    assert found.full.mean == 0 and found.fraction.mean == 0
+    lenient = feature_absorption(sae, rows, labels, held_out, rule=AbsorptionRule(least_share=0.1))
+    np.testing.assert_array_equal(lenient.full.values, kind[held_out & labels] < ABSORBED)
+
+
 def test_a_feature_that_is_split_into_equal_halves_is_not_absorbed(planted):
     """Two latents, each for half of the kinds, are both main ones."""
     rows, labels, kind, held_out = planted
