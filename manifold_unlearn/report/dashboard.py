@@ -272,7 +272,10 @@ def _bars(counts: np.ndarray, edges: np.ndarray, name: str) -> str:
                 f"M{left:.1f} {height:.0f}V{height - max(size, 1):.1f}"
                 f"H{max(right - 0.6, left + 0.6):.1f}V{height:.0f}Z"
             )
-    paths = "".join(f'<path class="{side}" d="{d}"/>' for side, d in parts.items() if d)
+    ink = {"low": "#d55e00", "high": "#0072b2"}  # for readers without style sheets
+    paths = "".join(
+        f'<path class="{side}" fill="{ink[side]}" d="{d}"/>' for side, d in parts.items() if d
+    )
     zero = ""
     if low < 0 < high:
         at = -low / (high - low) * width

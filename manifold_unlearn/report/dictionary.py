@@ -357,7 +357,7 @@ def _name_latents(
                 abs(up[latent] - other) > 0.03 or start + wide < left or left + size < start
                 for left, other, size in [*taken, *marks]
             )
-            if free and start >= 0 and start + wide <= 1:
+            if free and start >= 0.02 and start + wide <= 1:
                 taken.append((start, up[latent], wide))
                 look: dict[str, Any] = {"ha": side, "va": "center", "color": style.INK}
                 look["gid"] = "name"
