@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from manifold_unlearn.dictionary import Crosscoder, SparseAutoencoder, Transcoder
-from manifold_unlearn.evaluate import feature_absorption
+from manifold_unlearn.evaluate import AbsorptionRule, feature_absorption
 
 N_KINDS, ABSORBED = 40, 10
 PARENT, OTHER = N_KINDS, N_KINDS + 1
