@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from manifold_unlearn.arrays import generator
 from manifold_unlearn.dictionary.criterion import Criterion, Dictionary, Judged
@@ -79,16 +80,17 @@ class Learner:
 
     @torch.no_grad()
     def begin(self, first: Sequence[Given]) -> None:
-        """Measure center and scale on the first rows, and start the biases there.
+        """Start from the first rows: scale, and for a fresh dictionary biases and directions.
 
-        ``b_dec`` becomes the center of what is to be written, and ``b_enc`` what takes the center
-        of the rows off, where the dictionary does not subtract it; each only if it is 0.
+        Fresh is one whose ``b_dec`` is 0. ``b_dec`` becomes the center of what is to be written,
+        ``b_enc`` what takes the center of the rows off where the dictionary does not subtract it.
+        A dictionary that normalizes each row is left as it is.
         """
         if self.unit_norm:
             self._to_unit_norm()
-        pairs = [self.arrays(given) for given in first]
-        x, y = (torch.cat([pair[i] for pair in pairs]) for i in (0, 1))
         if all(encoder.normalization == "none" for encoder in self.encoders):
+            pairs = [self.arrays(given) for given in first]
+            x, y = (torch.cat([pair[i] for pair in pairs]) for i in (0, 1))
             paired = any(isinstance(given, tuple) for given in first)
             into = self._center(x)
             out = self._center(y) if paired else into
@@ -98,28 +100,48 @@ class Learner:
                 if paired:
                     self.scale_out = self.together.mean(_to_root_width(y - out))
             if self.config.center != "keep" and not bool(self.coder.b_dec.any()):
-                self._begin_biases(into * self.scale_in, out * self.scale_out)
-                if not paired and self.encoders[0].nonlinearity.chooses:
-                    self._fit_encoder(x * self.scale_in)
+                x, into = x * self.scale_in, into * self.scale_in
+                y, out = y * self.scale_out, out * self.scale_out
+                self._turn_to_rows(x - into, y - out)
+                self._begin_biases(into, out)
+                if self.encoders[0].nonlinearity.chooses:
+                    self._fit_encoder(x, y)
         self.together.broadcast([p.data for p in self.coder.parameters()])
         self.together.broadcast(self.coder.buffers())
 
-    def _fit_encoder(self, x: Tensor) -> None:
-        """Stretch the encoder so that the first outputs are of the size that fits best.
+    def _turn_to_rows(self, x: Tensor, y: Tensor) -> None:
+        """Turn each latent toward a row of the first ones, keeping its lengths."""
+        share = self.config.from_rows
+        draw = generator(self.config.random_state)
+        for i, encoder in enumerate(self.encoders):
+            layers = isinstance(self.coder, CrossLayerTranscoder)
+            read = x[:, i] if layers else x.flatten(1)
+            wrote = y[:, i:].flatten(1)
+            chosen = torch.randint(len(read), (encoder.d_sae,), generator=draw).to(x.device)
+            for weight, rows in ((encoder.encoder, read), (encoder.decoder, wrote)):
+                length = weight.norm(dim=1, keepdim=True)
+                turned = share * normalize(rows[chosen], dim=1)
+                turned += (1 - share) * normalize(weight, dim=1)
+                weight.copy_(length * normalize(turned, dim=1))
+        self.coder.constrain()
+
+    def _fit_encoder(self, x: Tensor, y: Tensor) -> None:
+        """Stretch the encoders so that the first outputs are of the size that fits best.
 
         Outputs less ``b_dec`` grow with the encoder and ``b_enc``; the factor is that of least
-        squares. A fresh encoder, the decoder's transpose, would overshoot: its latents overlap.
+        squares. The decoder's transpose would overshoot: the latents that fire overlap.
         """
-        coder, x = self.coder, x[:1024]
+        coder, x, y = self.coder, x[:1024], y[:1024]
         buffers = [buffer.clone() for buffer in coder.buffers()]  # thresholds learn with each pass
-        bias = coder.b_dec.reshape(x.shape[1:])
+        bias = coder.b_dec.reshape(y.shape[1:])
         wrote = coder(x) - bias
         for buffer, value in zip(coder.buffers(), buffers, strict=True):
             buffer.copy_(value)
-        factor = ((x - bias) * wrote).sum() / wrote.square().sum().clamp(min=1e-30)
+        factor = ((y - bias) * wrote).sum() / wrote.square().sum().clamp(min=1e-30)
         if 0.05 < float(factor) < 1:
-            self.encoders[0].encoder.mul_(factor)
-            self.encoders[0].b_enc.mul_(factor)
+            for encoder in self.encoders:
+                encoder.encoder.mul_(factor)
+                encoder.b_enc.mul_(factor)
 
     def _center(self, rows: Tensor) -> Tensor:
         """Of each stream its own."""
@@ -243,8 +265,8 @@ class Learner:
             wrote = part.relative(part.target)[chosen] - encoder.b_dec
             living = encoder.encoder[~dead].norm(dim=1)
             length = 0.2 * (living.mean() if len(living) else 1.0)
-            encoder.encoder[few] = length * torch.nn.functional.normalize(read, dim=1)
-            encoder.decoder[few] = torch.nn.functional.normalize(wrote, dim=1)
+            encoder.encoder[few] = length * normalize(read, dim=1)
+            encoder.decoder[few] = normalize(wrote, dim=1)
             encoder.b_enc[few] = 0
             for parameter in (encoder.encoder, encoder.decoder, encoder.b_enc):
                 for name in ("exp_avg", "exp_avg_sq"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -49,7 +49,9 @@ class PartitionedBatchTopK(Choosing):
         rows, latents, first = [], [], 0
         for part, size in zip(self.parts, self.sizes, strict=True):
             own = slice(first, first + size)
-            row, latent = part.choice(pre[:, own], None if scale is None else scale[own])
+            row, latent = cast(BatchTopK, part).choice(
+                pre[:, own], None if scale is None else scale[own]
+            )
             rows.append(row)
             latents.append(latent + first)
             first += size

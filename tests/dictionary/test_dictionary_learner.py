@@ -182,3 +182,17 @@ def test_the_encoder_begins_at_the_size_that_rebuilds_best(planted):
     errors = [float((wanted - factor * wrote).square().sum()) for factor in factors]
     assert factors[int(np.argmin(errors))] == pytest.approx(1.0, abs=0.011)
     assert float(sae.encoder.detach().norm(dim=1).mean()) < 0.9
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_latents_begin_turned_toward_rows(planted, share):
+    rows, _ = planted
+    sae = SparseAutoencoder(D, LATENTS, {"name": "topk", "k": 8}, random_state=0)
+    fresh = sae.decoder.detach().clone()
+    one = learner(sae, from_rows=share, center="mean")
+    one.begin([rows[:1024]])
+    centered = normalize(rows[:1024] - rows[:1024].mean(0), dim=1)
+    nearest = (sae.decoder.detach() @ centered.T).max(1).values
+    assert float(nearest.min()) > {0.0: 0.3, 0.5: 0.6, 1.0: 0.9999}[share]
+    assert float((fresh @ centered.T).max(1).values.mean()) < 0.65
+    torch.testing.assert_close(sae.decoder.detach().norm(dim=1), torch.ones(LATENTS))
