@@ -127,8 +127,8 @@ def forget_mask(y: Any, n_samples: int) -> Tensor:
     """
     if y is None:
         raise ValueError(
-            "requires y to be passed, but the target y is None: y == 1 marks the rows to forget, or "
-            "with the concept."
+            "requires y to be passed, but the target y is None: y == 1 marks the rows to forget, "
+            "or with the concept."
         )
     labels = (
         y.detach().cpu()
