@@ -193,6 +193,6 @@ def test_latents_begin_turned_toward_rows(planted, share):
     one.begin([rows[:1024]])
     centered = normalize(rows[:1024] - rows[:1024].mean(0), dim=1)
     nearest = (sae.decoder.detach() @ centered.T).max(1).values
-    assert float(nearest.min()) > {0.0: 0.3, 0.5: 0.6, 1.0: 0.9999}[share]
+    assert float(nearest.mean()) > {0.0: 0.4, 0.5: 0.68, 1.0: 0.9999}[share]
     assert float((fresh @ centered.T).max(1).values.mean()) < 0.65
     torch.testing.assert_close(sae.decoder.detach().norm(dim=1), torch.ones(LATENTS))
