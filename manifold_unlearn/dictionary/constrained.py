@@ -16,6 +16,7 @@ from manifold_unlearn.arrays import LabeledMixin, forget_mask, restore, validate
 from manifold_unlearn.dictionary.autoencoder import SparseAutoencoder
 from manifold_unlearn.dictionary.chosen_latents import checked_latents
 from manifold_unlearn.dictionary.feature_eraser import FeatureEraser
+from manifold_unlearn.intervene.mapped import MappedMixin
 from manifold_unlearn.intervene.maps import AffineMap
 
 SpanMethod: TypeAlias = Literal["leace", "contrastive", "all"]
@@ -24,7 +25,7 @@ _DEPENDENT = 1e-6
 """Singular values of unit decoder rows below this share of the largest count as 0."""
 
 
-class DecoderSpanEraser(LabeledMixin, TransformerMixin, BaseEstimator):
+class DecoderSpanEraser(LabeledMixin, MappedMixin, TransformerMixin, BaseEstimator):
     """Affine erasure whose every move lies in the span of a few decoder rows.
 
     With an orthonormal basis ``V`` of the span, ``z = V'h``, retain mean ``m`` and covariance ``S``
@@ -171,26 +172,6 @@ class DecoderSpanEraser(LabeledMixin, TransformerMixin, BaseEstimator):
         self.latents_ = restore(latents, like)
         self.matrix_ = restore(fitted.matrix_, like)
         self.bias_ = restore(fitted.bias_, like)
-
-    def transform(self, X: Any) -> Any:
-        """Erased rows, in the kind, dtype and device of ``X`` (n_samples, n_features)."""
-        check_is_fitted(self)
-        return restore(self.map_(validate(self, X, reset=False)), X)
-
-    def __call__(self, h: Tensor) -> Tensor:
-        """Erase hidden states ``(..., n_features)``; what :func:`intervene` calls."""
-        check_is_fitted(self)
-        return self.map_(h)
-
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> AffineMap:
-        """Return the fitted map, ready for hidden states of this device and dtype."""
-        check_is_fitted(self)
-        return self.map_.to(device, dtype)
-
-    def linear(self) -> AffineMap:
-        """Return the fitted map without its bias."""
-        check_is_fitted(self)
-        return self.map_.linear()
 
     def save(self, directory: str | Path) -> None:
         """Write parameters, dictionary and map to a directory that :meth:`load` reads."""

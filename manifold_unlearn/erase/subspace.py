@@ -21,6 +21,7 @@ from manifold_unlearn.arrays import (
     validate,
 )
 from manifold_unlearn.erase.moments import Moments, oas_shrinkage, shrink
+from manifold_unlearn.intervene.mapped import MappedMixin
 from manifold_unlearn.intervene.maps import AffineMap
 
 FIXED_TOLERANCE = 1e-2
@@ -29,7 +30,7 @@ FIXED_TOLERANCE = 1e-2
 Method = Literal["mean_difference", "pca", "contrastive", "leace"]
 
 
-class SubspaceEraser(LabeledMixin, TransformerMixin, BaseEstimator):
+class SubspaceEraser(LabeledMixin, MappedMixin, TransformerMixin, BaseEstimator):
     """Projection that makes chosen directions read the same of every row.
 
     With reading directions ``A``, retain mean ``mu`` and retain covariance ``S`` the map is
@@ -268,26 +269,6 @@ class SubspaceEraser(LabeledMixin, TransformerMixin, BaseEstimator):
             raise ValueError(f"rank={self.rank!r} must be an integer of at least 1.")
         if self.shrinkage != "oas" and not 0 <= float(self.shrinkage) <= 1:
             raise ValueError(f"shrinkage={self.shrinkage!r} must be 'oas' or lie in [0, 1].")
-
-    def transform(self, X: Any) -> Any:
-        """Erased rows, in the kind, dtype and device of ``X`` (n_samples, n_features)."""
-        check_is_fitted(self)
-        return restore(self.map_(validate(self, X, reset=False)), X)
-
-    def __call__(self, h: Tensor) -> Tensor:
-        """Erase hidden states ``(..., n_features)``; what :func:`intervene` calls."""
-        check_is_fitted(self)
-        return self.map_(h)
-
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> AffineMap:
-        """Return the fitted map, ready for hidden states of this device and dtype."""
-        check_is_fitted(self)
-        return self.map_.to(device, dtype)
-
-    def linear(self) -> AffineMap:
-        """Return the fitted map without its bias."""
-        check_is_fitted(self)
-        return self.map_.linear()
 
     def save(self, directory: str | Path) -> None:
         """Write parameters and fitted map to a directory that :meth:`load` reads."""

@@ -21,6 +21,7 @@ from manifold_unlearn.arrays import (
     validate,
 )
 from manifold_unlearn.artifact import SavedMixin
+from manifold_unlearn.intervene.mapped import MappedMixin
 from manifold_unlearn.intervene.maps import AffineMap, DenseAffineMap
 from manifold_unlearn.steer.strengths import checked_strength
 
@@ -32,7 +33,7 @@ SINGULAR = 1e-12
 """Smallest over largest eigenvalue below which a covariance counts as singular."""
 
 
-class _Steering(LabeledMixin, SavedMixin, TransformerMixin, BaseEstimator, ABC):
+class _Steering(LabeledMixin, MappedMixin, SavedMixin, TransformerMixin, BaseEstimator, ABC):
     """What affine steering maps share that are fitted; ``map_`` is their own."""
 
     shrinkage: Shrinkage
@@ -57,23 +58,6 @@ class _Steering(LabeledMixin, SavedMixin, TransformerMixin, BaseEstimator, ABC):
     def bias_(self) -> Any:
         """(n_features,) of the map ``h -> matrix_ @ h + bias_`` at this strength."""
         return restore(self.map_.bias_, self._like)
-
-    def transform(self, X: Any) -> Any:
-        """Steered rows, in the kind, dtype and device of ``X`` (n_samples, n_features)."""
-        check_is_fitted(self)
-        return restore(self.map_(validate(self, X, reset=False)), X)
-
-    def __call__(self, h: Tensor) -> Tensor:
-        """Steer hidden states ``(..., n_features)``; what :func:`intervene` calls."""
-        return self.map_(h)
-
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> AffineMap | DenseAffineMap:
-        """Return the map at the present strength, ready for hidden states of this kind."""
-        return self.map_.to(device, dtype)
-
-    def linear(self) -> AffineMap | DenseAffineMap:
-        """Return the map at the present strength without its bias."""
-        return self.map_.linear()
 
     def _check_shrinkage(self) -> None:
         checked_strength(self.strength)
