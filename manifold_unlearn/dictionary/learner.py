@@ -110,19 +110,20 @@ class Learner:
         self.together.broadcast(self.coder.buffers())
 
     def _turn_to_rows(self, x: Tensor, y: Tensor) -> None:
-        """Turn each latent toward a row of the first ones, keeping its lengths."""
+        """Turn latents toward rows, each to another as far as there are, and keep their lengths."""
         share = self.config.from_rows
         draw = generator(self.config.random_state)
         for i, encoder in enumerate(self.encoders):
             layers = isinstance(self.coder, CrossLayerTranscoder)
             read = x[:, i] if layers else x.flatten(1)
             wrote = y[:, i:].flatten(1)
-            chosen = torch.randint(len(read), (encoder.d_sae,), generator=draw).to(x.device)
+            n_turned = min(len(read), encoder.d_sae)  # two latents of one row would compete
+            chosen = torch.randperm(len(read), generator=draw)[:n_turned].to(x.device)
             for weight, rows in ((encoder.encoder, read), (encoder.decoder, wrote)):
-                length = weight.norm(dim=1, keepdim=True)
+                length = weight[:n_turned].norm(dim=1, keepdim=True)
                 turned = share * normalize(rows[chosen], dim=1)
-                turned += (1 - share) * normalize(weight, dim=1)
-                weight.copy_(length * normalize(turned, dim=1))
+                turned += (1 - share) * normalize(weight[:n_turned], dim=1)
+                weight[:n_turned] = length * normalize(turned, dim=1)
         self.coder.constrain()
 
     def _fit_encoder(self, x: Tensor, y: Tensor) -> None:

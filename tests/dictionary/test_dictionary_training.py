@@ -50,7 +50,8 @@ def test_planted_directions_are_recovered(planted, shape):
     fired = (sae.encode(rows) != 0).float()
     assert last.step == 300 and last.n_tokens == history.n_tokens == 300 * 128
     assert last.l0 == pytest.approx(float(fired.sum(1).mean()), rel=0.1)
-    assert last.fvu == pytest.approx(unexplained(sae, rows), rel=0.35, abs=0.01)
+    # a mean over the last 50 steps, in which the rate still falls
+    assert unexplained(sae, rows) < last.fvu < 1.6 * unexplained(sae, rows) + 0.01
     assert history.of()[0].fvu > 1.5 * last.fvu
 
 
