@@ -117,7 +117,15 @@ def test_plain_batches_resume_and_are_read_again(planted, tmp_path):
         train_dictionaries(part, iter(batches), dataclasses.replace(config, n_steps=9))
 
 
-def test_an_interrupt_within_a_step_waits_for_its_end(planted, tmp_path):
+@pytest.fixture
+def keyboard():
+    """Interrupts arrive also where the suite runs in the background, which ignores them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_within_a_step_waits_for_its_end(planted, tmp_path, keyboard):
     rows, _ = planted
     config = dataclasses.replace(QUICK, n_steps=9, first_rows=128)
 
