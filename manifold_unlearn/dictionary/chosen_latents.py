@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,17 +43,6 @@ def checked_latents(latents: Any, coder: SparseCoder) -> Tensor:
     if len(found.unique()) != len(found):
         raise ValueError("latents name one latent twice; name each once.")
     return found
-
-
-@contextmanager
-def evaluated(coder: SparseCoder) -> Iterator[SparseCoder]:
-    """Dictionary in evaluation mode, for as long as the ``with`` block lasts."""
-    learns = coder.training
-    coder.eval()
-    try:
-        yield coder
-    finally:
-        coder.train(learns)
 
 
 def latent_activations(coder: SparseCoder, x: Tensor, latents: Tensor) -> Tensor:

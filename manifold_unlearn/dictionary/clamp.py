@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from manifold_unlearn import artifact
+from manifold_unlearn.activations.models import evaluating
 from manifold_unlearn.arrays import as_rows, restore, working_dtype
 from manifold_unlearn.dictionary.autoencoder import SparseAutoencoder
 from manifold_unlearn.dictionary.chosen_latents import (
     checked_latents,
-    evaluated,
     latent_activations,
 )
 from manifold_unlearn.dictionary.codes import decode_sparse
@@ -125,7 +125,7 @@ class FeatureClamp:
             deviation = coder.scaled(h).deviation
             return change if deviation is None else change * deviation
         rows = h.reshape(-1, h.shape[-1])
-        with evaluated(coder):
+        with evaluating(coder):
             code = coder.code(rows)
         scaled = coder.scaled(rows)
         before = decode_sparse(code, coder.decoder) + coder.b_dec

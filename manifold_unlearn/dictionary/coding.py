@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manifold_unlearn.activations.models import evaluating
 from manifold_unlearn.arrays import require_finite, row_blocks
 from manifold_unlearn.dictionary.coder import SparseCoder
 from manifold_unlearn.dictionary.codes import SparseCode
@@ -49,15 +50,11 @@ def code_rows(
     if len(rows) == 0:
         raise ValueError("X has no rows; give at least one.")
     require_finite(rows, "X")
-    was_training = coder.training
-    coder.eval()
-    try:
-        found = []
+    found = []
+    with evaluating(coder):
         for part in row_blocks(len(rows), block):
             code = coder.code(rows[part].to(coder.device, coder.dtype))
             found.append(without_zeros(code) if latents is None else select_latents(code, latents))
-    finally:
-        coder.train(was_training)
     return join_codes(found)
 
 

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from manifold_unlearn.activations.models import evaluating
 from manifold_unlearn.arrays import generator, require_finite
-from manifold_unlearn.dictionary.chosen_latents import columns, evaluated
+from manifold_unlearn.dictionary.chosen_latents import columns
 from manifold_unlearn.dictionary.crosscoder import Crosscoder
 from manifold_unlearn.dictionary.latent_scaling import LatentScaling, measure_latent_scaling
 
@@ -274,7 +275,7 @@ def _present(
     crosscoder: Crosscoder, rows: Tensor, number: Tensor, chosen: Tensor, streams: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Sums ``f (d . y)`` (groups, latents, streams): y the stream, or what others leave of it."""
-    with evaluated(crosscoder):
+    with evaluating(crosscoder):
         code = crosscoder.code(rows)
     value = columns(code, chosen).double()
     made = crosscoder.decode(code).double()

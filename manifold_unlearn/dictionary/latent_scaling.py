@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from manifold_unlearn.activations.models import evaluating
 from manifold_unlearn.arrays import require_finite
-from manifold_unlearn.dictionary.chosen_latents import evaluated
 from manifold_unlearn.dictionary.codes import SparseCode
 from manifold_unlearn.dictionary.crosscoder import Crosscoder
 
@@ -149,7 +149,7 @@ def measure_latent_scaling(
     left, written = torch.zeros_like(decoder), torch.zeros_like(decoder)
     bias = crosscoder.b_dec.double().unflatten(0, (n_streams, -1))
     n_rows = 0
-    with evaluated(crosscoder):
+    with evaluating(crosscoder):
         for batch in batches:
             rows = batch.to(crosscoder.device)
             require_finite(rows, "the batch")

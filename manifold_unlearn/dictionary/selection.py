@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from manifold_unlearn.activations.models import evaluating
 from manifold_unlearn.arrays import row_blocks
-from manifold_unlearn.dictionary.chosen_latents import evaluated
 from manifold_unlearn.dictionary.coder import SparseCoder
 
 
@@ -55,7 +55,7 @@ def firing_rates(
     """
     counts = torch.zeros(2, coder.d_sae, dtype=torch.float64, device=coder.device)
     total = torch.zeros(coder.d_sae, dtype=torch.float64, device=coder.device)
-    with evaluated(coder):  # BatchTopK: by its threshold, whatever the block
+    with evaluating(coder):  # BatchTopK: by its threshold, whatever the block
         for part in row_blocks(len(rows), block):
             code = coder.code(rows[part].to(coder.device))
             on = code.value != 0
