@@ -21,7 +21,7 @@ from cli_from_dataclass import RESULTS, parse, write
 
 from manifold_unlearn.activations.models import load_model, resolve_device
 from manifold_unlearn.activations.sites import find_decoder
-from manifold_unlearn.dictionary import SparseAutoencoder
+from manifold_unlearn.dictionary import SparseAutoencoder, save
 from manifold_unlearn.dictionary.cards import feature_cards
 from manifold_unlearn.dictionary.coding import select_rows
 from manifold_unlearn.dictionary.contexts import find_contexts
@@ -36,6 +36,7 @@ from manifold_unlearn.evaluate.dictionary_fidelity import dictionary_fidelities
 from manifold_unlearn.evaluate.dictionary_recovery import splice_fidelity
 from manifold_unlearn.report.dashboard import FeatureDashboard
 from manifold_unlearn.report.dictionary import importance_scatter, sparsity_frontier
+from manifold_unlearn.report.steering import dimension_by_layer
 from manifold_unlearn.testbed import load_testbed
 from manifold_unlearn.testbed.facts import split_by_topic
 
@@ -64,10 +65,15 @@ class Config:
     """Share of the texts that no dictionary reads."""
     n_spliced: int = 200
     """Held-out texts on which the spliced models run."""
+    leave_first: bool = False
+    """Leave the first token of each text out of the training, and as it is in the spliced models:
+    where it becomes the attention sink, blocks before already carry what makes it one."""
     device: str = "auto"
     random_state: int = 0
     checkpoint: str = ""
     """Directory from which an interrupted training goes on."""
+    save: str = ""
+    """Directory for the dictionaries, one folder each."""
     topic: str = "book-authors"
     """What the page of latents is about, for a model that is not the testbed; there, the people to
     be forgotten."""
@@ -80,11 +86,12 @@ class Config:
 PRESETS = {
     "quick": Config(),
     "smollm2": Config(
-        model="smollm2-135m", expansion=4, ks=(32,), n_tokens=300_000, lr=1e-3, n_spliced=40
+        model="smollm2-135m", expansion=4, ks=(8, 32), n_tokens=300_000, n_spliced=16,
+        leave_first=True,
     ),
     "gpu": Config(
         model="smollm2-135m", expansion=16, ks=(16, 32, 64, 128), n_tokens=50_000_000,
-        batch_size=4096, lr=4e-4,
+        batch_size=4096, lr=4e-4, leave_first=True,
     ),
 }  # fmt: skip
 
@@ -137,7 +144,8 @@ def trained(model: Any, tokenizer: Any, texts: Sequence[str], config: Config) ->
     }  # fmt: skip
     stream = stream_activations(
         model, tokenizer, texts, {name: site for name, (site, _) in named.items()},
-        batch_size=config.batch_size, random_state=config.random_state,
+        batch_size=config.batch_size, keep_first=not config.leave_first,
+        random_state=config.random_state,
     )  # fmt: skip
     training = DictionaryTraining(
         n_tokens=config.n_tokens, lr=config.lr, random_state=config.random_state
@@ -147,6 +155,8 @@ def trained(model: Any, tokenizer: Any, texts: Sequence[str], config: Config) ->
     )
     for name, coder in coders.items():
         coder.eval().origin = {"site": named[name][0], "model": config.model}
+        if config.save:
+            save(coder, Path(config.save) / name.replace(" ", "-k"))
     return coders, history
 
 
@@ -159,6 +169,8 @@ def run(config: Config, preset: str) -> dict[str, Any]:
     rows = list(measured(model, tokenizer, coders, unseen, config))
     where = RESULTS / "dictionaries"
     frontier(rows, config).savefig(where / f"{preset}.png", dpi=150)
+    if len({row["site"] for row in rows}) > 8:
+        by_block(rows, config).savefig(where / f"{preset}_blocks.png", dpi=150)
     latents = page_of(model, tokenizer, coders, texts, config, where / f"{preset}_{{}}")
     return {
         "config": asdict(config),
@@ -173,13 +185,30 @@ def run(config: Config, preset: str) -> dict[str, Any]:
 
 
 def frontier(rows: Sequence[dict[str, Any]], config: Config) -> Any:
-    """Picture of the loss that comes back against the latents that fire, a line a block."""
+    """Picture of the loss that comes back against the latents that fire."""
     curves: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        curves.setdefault(row["site"], []).append((row["k"], row["recovery"]))
+    for k in config.ks:
+        alone = [row["recovery"] for row in rows if row["k"] == k and row["site"] != "all"]
+        together = [row["recovery"] for row in rows if row["k"] == k and row["site"] == "all"]
+        for name, value in (
+            ("One block, the median", float(np.median(alone))),
+            ("One block, the worst", min(alone)),
+            ("All blocks at once", together[0]),
+        ):
+            curves.setdefault(name, []).append((k, value))
     return sparsity_frontier(
-        dict(list(curves.items())[-8:]), label="Loss recovered", better="higher",
+        curves, label="Loss recovered", better="higher",
         target=(config.l0_target, config.recovery_target),
+    )  # fmt: skip
+
+
+def by_block(rows: Sequence[dict[str, Any]], config: Config) -> Any:
+    """Picture of the loss that comes back with the dictionary of each block, a line a k."""
+    alone = [row for row in rows if row["site"] != "all"]
+    return dimension_by_layer(
+        {f"k = {k}": [row["recovery"] for row in alone if row["k"] == k] for k in config.ks},
+        layers=[row["site"].rpartition(".")[2] for row in alone if row["k"] == config.ks[0]],
+        label="Loss recovered", along="Block", title="One dictionary spliced in",
     )  # fmt: skip
 
 
@@ -238,7 +267,7 @@ def measured(
     """One row a dictionary, then one for all blocks at once at each k."""
     stream = stream_activations(
         model, tokenizer, texts, {name: c.origin["site"] for name, c in coders.items()},
-        batch_size=config.batch_size,
+        batch_size=config.batch_size, keep_first=not config.leave_first,
     )  # fmt: skip
     found = dictionary_fidelities(coders, stream)
     for name, coder in coders.items():
@@ -255,7 +284,10 @@ def recovered(
     model: Any, tokenizer: Any, coders: Any, texts: Sequence[str], config: Config
 ) -> dict[str, Any]:
     """Share of the loss that comes back with the dictionaries spliced in, sinks left alone."""
-    spliced = splice_fidelity(model, tokenizer, coders, texts[: config.n_spliced], sink_ratio=10.0)
+    spliced = splice_fidelity(
+        model, tokenizer, coders, texts[: config.n_spliced], leave_first=config.leave_first,
+        sink_ratio=10.0,
+    )  # fmt: skip
     return {
         "recovery": spliced.recovery,
         "interval": list(spliced.recovery_interval),

@@ -24,7 +24,7 @@ LAYERS = [
     {"erase", "steer", "dictionary", "phenomenology"},
     {"intervene", "comparison"},
     {"activations", "manifold", "testbed"},
-    {"artifact", "arrays"},
+    {"artifact", "arrays", "conformal", "sequences"},
 ]
 """Higher may import lower; rooms of one layer do not know each other, but for ALLOWED."""
 ALLOWED = {("testbed", "activations")}

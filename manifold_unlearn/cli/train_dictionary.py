@@ -39,6 +39,11 @@ def register(commands: Commands) -> None:
     command.add_argument("--lr", type=float, help="default: by the number of latents")
     command.add_argument("--sparsity", type=float, help="coefficient of the L1 or L0 penalty")
     command.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    command.add_argument(
+        "--keep-first", action="store_true",
+        help="read the first token of each text too; default: it is neither trained on nor "
+        "replaced in the model that the dictionary is measured in, for it is often the sink",
+    )  # fmt: skip
     command.add_argument("--random-state", type=int, default=0)
     command.add_argument("--format", choices=["own", "saelens", "sparsify"], default="own")
     command.add_argument("--out", required=True, type=Path)
@@ -47,6 +52,7 @@ def register(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Train, measure on held-out texts, save; go on from an interrupted training."""
+    from manifold_unlearn.activations.capture import SINK_RATIO
     from manifold_unlearn.activations.models import load_model
     from manifold_unlearn.artifact import write_json
     from manifold_unlearn.dictionary import DictionaryTraining, save
@@ -74,6 +80,7 @@ def run(options: argparse.Namespace) -> None:
     coders = _untrained(options, model, tokenizer, unseen[0], places)
     how: dict[str, Any] = {
         "batch_size": options.batch_size,
+        "keep_first": options.keep_first,
         "random_state": options.random_state,
     }
     train_dictionaries(
@@ -89,7 +96,10 @@ def run(options: argparse.Namespace) -> None:
     )
     rows, figures = [], {}
     for name, coder in coders.items():
-        spliced = splice_fidelity(model, tokenizer, {name: coder}, unseen, sink_ratio=10.0)
+        spliced = splice_fidelity(
+            model, tokenizer, {name: coder}, unseen,
+            leave_first=not options.keep_first, sink_ratio=SINK_RATIO,
+        )  # fmt: skip
         use = found[name].codes[0]
         rows.append([name, f"{use.l0:.1f}", found[name].fvu, use.dead, spliced.recovery])
         figures[name] = {"fidelity": found[name].to_json(), "spliced": spliced.to_json()}

@@ -14,11 +14,9 @@ from manifold_unlearn import artifact
 from manifold_unlearn.activations.models import evaluating
 from manifold_unlearn.arrays import as_rows, restore, working_dtype
 from manifold_unlearn.dictionary.autoencoder import SparseAutoencoder
-from manifold_unlearn.dictionary.chosen_latents import (
-    checked_latents,
-    latent_activations,
-)
+from manifold_unlearn.dictionary.chosen_latents import latent_activations
 from manifold_unlearn.dictionary.codes import decode_sparse
+from manifold_unlearn.dictionary.coding import checked_latents
 
 Rule: TypeAlias = Literal["set", "scale"]
 
@@ -81,7 +79,7 @@ class FeatureClamp:
             )
         if self.rule not in get_args(Rule):
             raise ValueError(f"rule={self.rule!r} is not one of {get_args(Rule)}.")
-        latents = checked_latents(self.latents, self.coder)
+        latents = checked_latents(self.latents, self.coder.d_sae).to(self.coder.device)
         value = torch.as_tensor(self.value).detach().to(self.coder.device, self.coder.dtype)
         if value.shape not in ((), latents.shape) or not bool(torch.isfinite(value).all()):
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,6 +69,8 @@ def without_zeros(code: SparseCode) -> SparseCode:
 
 def select_latents(code: SparseCode, latents: Sequence[int] | Tensor) -> SparseCode:
     """Code of the given latents alone, numbered in their order; zeros are left out.
+
+    Values keep their gradients.
 
     Raises
     ------
@@ -139,16 +142,25 @@ def as_code(values: Any) -> SparseCode:
     return SparseCode.of(dense)
 
 
-def checked_latents(latents: Sequence[int] | Tensor, n_latents: int) -> Tensor:
-    """Indices as int64 (n,); raises ``ValueError`` for none, one twice, one that is not there."""
-    chosen = torch.as_tensor(latents).to(torch.int64).reshape(-1)
-    if len(chosen) == 0:
-        raise ValueError("latents is empty; name at least one.")
-    outside = (chosen < 0) | (chosen >= n_latents)
-    if bool(outside.any()):
+def checked_latents(latents: Any, n_latents: int) -> Tensor:
+    """Numbers of latents (m,), int64.
+
+    Raises
+    ------
+    ValueError
+        None, not whole numbers, one that the dictionary does not have, or one named twice.
+    """
+    given = latents if isinstance(latents, Tensor | np.ndarray | Sequence) else list(latents)
+    found = torch.as_tensor(given)
+    if found.ndim != 1 or len(found) == 0 or found.is_floating_point() or found.is_complex():
         raise ValueError(
-            f"latent {int(chosen[outside][0])} is not among the {n_latents} there are."
+            f"latents of shape {tuple(found.shape)} and dtype {found.dtype} must be a list of at "
+            "least one whole number."
         )
-    if len(chosen.unique()) < len(chosen):
-        raise ValueError("latents names one of them twice; name each once.")
-    return chosen
+    found = found.to(torch.int64)
+    outside = found[(found < 0) | (found >= n_latents)]
+    if len(outside):
+        raise ValueError(f"latent {int(outside[0])} is not among the {n_latents} there are.")
+    if len(found.unique()) != len(found):
+        raise ValueError("latents name one of them twice; name each once.")
+    return found

@@ -14,7 +14,7 @@ from torch import Tensor
 from manifold_unlearn import artifact
 from manifold_unlearn.arrays import LabeledMixin, forget_mask, restore, validate
 from manifold_unlearn.dictionary.autoencoder import SparseAutoencoder
-from manifold_unlearn.dictionary.chosen_latents import checked_latents
+from manifold_unlearn.dictionary.coding import checked_latents
 from manifold_unlearn.dictionary.feature_eraser import FeatureEraser
 from manifold_unlearn.intervene.mapped import MappedMixin
 from manifold_unlearn.intervene.maps import AffineMap
@@ -122,7 +122,7 @@ class DecoderSpanEraser(LabeledMixin, MappedMixin, TransformerMixin, BaseEstimat
 
     def _latents(self, rows: Tensor, forget: Tensor) -> Tensor:
         if self.latents is not None:
-            return checked_latents(self.latents, self.coder)
+            return checked_latents(self.latents, self.coder.d_sae).to(self.coder.device)
         chosen = FeatureEraser(
             self.coder,
             self.n_latents,

@@ -210,7 +210,7 @@ def find_contexts(
         No token left to count, counts out of range, or as ``stream_codes``.
     """
     names = range(coder.d_sae) if latents is None else latents
-    chosen = checked_latents(torch.as_tensor(names), coder.d_sae)
+    chosen = checked_latents(names, coder.d_sae)
     finder = ContextFinder(
         chosen,
         n_top=n_top,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from manifold_unlearn.activations.models import evaluating
 from manifold_unlearn.arrays import generator, require_finite
-from manifold_unlearn.dictionary.chosen_latents import columns
+from manifold_unlearn.dictionary.coding import select_latents
 from manifold_unlearn.dictionary.crosscoder import Crosscoder
 from manifold_unlearn.dictionary.latent_scaling import LatentScaling, measure_latent_scaling
 
@@ -277,7 +277,7 @@ def _present(
     """Sums ``f (d . y)`` (groups, latents, streams): y the stream, or what others leave of it."""
     with evaluating(crosscoder):
         code = crosscoder.code(rows)
-    value = columns(code, chosen).double()
+    value = select_latents(code, chosen).dense().double()
     made = crosscoder.decode(code).double()
     decoder = crosscoder.W_dec.double()[chosen]
     direction = decoder[:, streams[0]]

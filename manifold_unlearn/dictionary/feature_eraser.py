@@ -15,7 +15,7 @@ from manifold_unlearn import artifact
 from manifold_unlearn.arrays import LabeledMixin, forget_mask, restore, validate
 from manifold_unlearn.dictionary.autoencoder import SparseAutoencoder
 from manifold_unlearn.dictionary.clamp import FeatureClamp
-from manifold_unlearn.dictionary.selection import firing_rates, select_latents
+from manifold_unlearn.dictionary.selection import choose_latents, firing_rates
 
 
 class FeatureEraser(LabeledMixin, TransformerMixin, BaseEstimator):
@@ -93,7 +93,7 @@ class FeatureEraser(LabeledMixin, TransformerMixin, BaseEstimator):
                 "rows of the site that it was trained on."
             )
         rates = firing_rates(self.coder, rows, forget_mask(y, len(rows)).to(rows.device))
-        chosen = select_latents(
+        chosen = choose_latents(
             rates,
             self.n_latents,
             min_forget_rate=self.min_forget_rate,

@@ -331,7 +331,7 @@ def cluster_reconstruction(
     ValueError
         The cluster never fires, or latents out of range.
     """
-    chosen = checked_latents(torch.as_tensor(np.asarray(members)), code.n_latents)
+    chosen = checked_latents(members, code.n_latents)
     mine = torch.zeros(code.n_latents, dtype=torch.bool, device=code.latent.device)
     mine[chosen.to(mine.device)] = True
     kept = mine[code.latent] & (code.value != 0)

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from manifold_unlearn import artifact
 from manifold_unlearn.arrays import LabeledMixin, forget_mask, generator, restore, validate
+from manifold_unlearn.conformal import conformal_quantile
 from manifold_unlearn.dictionary.clamp import FeatureClamp
 from manifold_unlearn.dictionary.feature_eraser import FeatureEraser
+from manifold_unlearn.sequences import Padded, padded, row_labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,16 +170,14 @@ class FeatureGuardrail(LabeledMixin, TransformerMixin, BaseEstimator):
         self._check_parameters()
         rows = validate(self, X, reset=True, min_samples=2)
         forget = forget_mask(y, len(rows)).to(rows.device)
-        line, column = _layout(sequence, len(rows), rows.device)
-        n_sequences = int(line.max()) + 1
-        of_forget = torch.zeros(n_sequences, dtype=torch.bool, device=rows.device)
-        of_forget[line[forget]] = True
+        layout = _layout(sequence, rows)
+        of_forget = layout.fill(forget, False).any(1)
         held = self._held_out(of_forget)
         chosen = type(self.eraser)(**self.eraser.get_params(deep=False))
-        fitted = ~held[line]
+        fitted = ~held[layout.line]
         self.eraser_ = chosen.fit(rows[fitted], forget[fitted].long())
         self.map_ = GuardedClamp(chosen.map_, math.inf, self.min_tokens)
-        most = self._evidence(rows, line, column)[..., 2].amax(1)
+        most = self._evidence(rows, layout)[..., 2].amax(1)
         self.threshold_, self.promised_rate_ = self._threshold(most[held])
         self.map_ = GuardedClamp(chosen.map_, self.threshold_, self.min_tokens)
         self.opened_ = float((most[of_forget] > self.threshold_).double().mean())
@@ -200,17 +200,16 @@ class FeatureGuardrail(LabeledMixin, TransformerMixin, BaseEstimator):
     def _threshold(self, most: Tensor) -> tuple[float, float]:
         """Least value that a further sequence exceeds with at most the chance asked for."""
         n, rate = len(most), self.false_positive_rate
-        rank = math.ceil((n + 1) * (1 - rate) - 1e-9)
-        if rank > n:
-            needed = math.ceil(1 / rate - 1e-9) - 1
+        found = conformal_quantile(most, rate)
+        if n < found.n_needed:
             warnings.warn(
-                f"{n} held-out retain sequences promise a false-positive rate of {1 / (n + 1):.3g}"
-                f" at best; {rate} needs {needed}. Give more retain texts.",
+                f"{n} held-out retain sequences promise a false-positive rate of "
+                f"{found.promised_rate:.3g} at best; {rate} needs {found.n_needed}. Give more "
+                "retain texts.",
                 UserWarning,
                 stacklevel=3,
             )
-        at = min(rank, n)
-        return float(most.sort().values[at - 1]), 1 - at / (n + 1)
+        return found.value, found.promised_rate
 
     def _check_parameters(self) -> None:
         if not isinstance(self.eraser, FeatureEraser):
@@ -222,14 +221,12 @@ class FeatureGuardrail(LabeledMixin, TransformerMixin, BaseEstimator):
             raise ValueError(f"min_tokens={self.min_tokens!r} must be an integer of at least 1.")
 
     @torch.no_grad()
-    def _evidence(self, rows: Tensor, line: Tensor, column: Tensor) -> Tensor:
+    def _evidence(self, rows: Tensor, layout: Padded) -> Tensor:
         """Evidence (n_sequences, n_columns, 3) after every row of every sequence."""
         clamp = self.map_.clamp
         fires = (clamp.activations(rows.to(clamp.coder.device)) != 0).any(1).to(rows.device)
-        shape = int(line.max()) + 1, int(column.max()) + 1
-        laid, present = (torch.zeros(shape, dtype=torch.bool, device=rows.device) for _ in range(2))
-        laid[line, column], present[line, column] = fires, True
-        start = rows.new_zeros(shape[0], 3, dtype=torch.float32)
+        laid, present = (layout.fill(given, False) for given in (fires, torch.ones_like(fires)))
+        start = rows.new_zeros(len(laid), 3, dtype=torch.float32)
         return self.map_.gathered(laid, start, present)
 
     @torch.no_grad()
@@ -254,8 +251,8 @@ class FeatureGuardrail(LabeledMixin, TransformerMixin, BaseEstimator):
     def _opened(self, rows: Tensor, sequence: Any) -> Tensor:
         if sequence is None:
             sequence = np.zeros(len(rows), dtype=np.int64)
-        line, column = _layout(sequence, len(rows), rows.device)
-        return self._evidence(rows, line, column)[line, column, 2] > self.threshold_
+        layout = _layout(sequence, rows)
+        return self._evidence(rows, layout)[layout.line, layout.column, 2] > self.threshold_
 
     def __call__(self, h: Tensor) -> Tensor:
         """Raise ``ValueError``; see :meth:`GuardedClamp.__call__`."""
@@ -305,21 +302,8 @@ class FeatureGuardrail(LabeledMixin, TransformerMixin, BaseEstimator):
         return guardrail
 
 
-def _layout(sequence: Any, n_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Line and column (n_rows,) of each row in a rectangle with one line a sequence."""
+def _layout(sequence: Any, rows: Tensor) -> Padded:
+    """Where each row stands in a rectangle with one line a sequence."""
     if sequence is None:
         raise ValueError("sequence is missing: say which text each row is of, one integer a row.")
-    if not isinstance(sequence, Tensor):
-        sequence = torch.as_tensor(np.asarray(sequence))
-    if sequence.shape != (n_rows,) or sequence.is_floating_point() or sequence.is_complex():
-        raise ValueError(
-            f"sequence has shape {tuple(sequence.shape)} and dtype {sequence.dtype}; expected "
-            f"({n_rows},) integers, one a row."
-        )
-    labels = sequence.to(device, torch.int64)
-    _, line, counts = labels.unique(return_inverse=True, return_counts=True)
-    order = line.argsort(stable=True)
-    starts = counts.cumsum(0) - counts
-    column = torch.empty_like(line)
-    column[order] = torch.arange(n_rows, device=device) - starts[line[order]]
-    return line, column
+    return padded(row_labels(sequence, len(rows), "sequence").to(rows.device))

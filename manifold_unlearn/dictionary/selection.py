@@ -75,7 +75,7 @@ def firing_rates(
     )
 
 
-def select_latents(
+def choose_latents(
     rates: FiringRates, n_latents: int, *, min_forget_rate: float, max_retain_rate: float
 ) -> Tensor:
     """Latents of largest :attr:`FiringRates.ratio` among those that pass both bounds.

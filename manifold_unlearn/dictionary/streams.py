@@ -35,6 +35,23 @@ class Position(NamedTuple):
 START = Position()
 
 
+class Kept(NamedTuple):
+    """Which tokens a stream keeps."""
+
+    sinks: bool
+    special: bool
+    first: bool
+
+    def rows(self, *seen: Activations) -> Tensor:
+        """Boolean mask of the tokens to keep, by what they are in all of several models."""
+        keep = torch.ones_like(seen[0].sink)
+        for acts in seen:
+            keep &= self.sinks | ~acts.sink
+            keep &= self.special | ~acts.special
+            keep &= self.first | (acts.position > 0)
+        return keep
+
+
 class RowStream:
     """Batches from blocks of rows, shuffled alike whenever the same block is read again.
 
@@ -176,6 +193,7 @@ def stream_saved(
     batch_size: int = 1024,
     keep_sinks: bool = False,
     keep_special: bool = True,
+    keep_first: bool = True,
     random_state: int = 0,
 ) -> RowStream:
     """Batches of activations on disk, a directory at a time.
@@ -184,15 +202,16 @@ def stream_saved(
     ----------
     directories : sequence of path
         Each as ``Activations.save`` writes; a digest that does not match is an error.
-    sites, batch_size, keep_sinks, keep_special, random_state
+    sites, batch_size, keep_sinks, keep_special, keep_first, random_state
         As :func:`stream_activations`.
     """
     if len(directories) == 0:
         raise ValueError("directories is empty; give at least one.")
     specs = named_sites(sites)
+    keep = Kept(keep_sinks, keep_special, keep_first)
 
     def read(_epoch: int, block: int) -> Batch:
-        return rows_of(Activations.load(directories[block]), specs, keep_sinks, keep_special)
+        return rows_of(Activations.load(directories[block]), specs, keep)
 
     return RowStream(read, len(directories), batch_size, random_state)
 
@@ -207,6 +226,7 @@ def stream_activations(
     block_tokens: int = 65_536,
     keep_sinks: bool = False,
     keep_special: bool = True,
+    keep_first: bool = True,
     max_length: int | None = None,
     read_size: int | Literal["auto"] = "auto",
     sink_ratio: float = SINK_RATIO,
@@ -234,6 +254,9 @@ def stream_activations(
         block at one of the sites: they swamp every other row's error.
     keep_special : bool, default=True
         Keep tokens that the tokenizer puts there.
+    keep_first : bool, default=True
+        Keep the first token of each text, which has nothing to attend to but itself. Where
+        dictionaries of a stream without sinks are spliced in, ``leave_first`` goes with it.
     max_length : int, optional
         Cut longer texts. Without it a text longer than the model's context is an error.
     read_size : int or "auto"
@@ -251,7 +274,7 @@ def stream_activations(
         No texts or sites; as ``capture`` where a block is read.
     """
     specs = named_sites(sites)
-    wanted = _wanted(specs)
+    wanted, keep = _wanted(specs), Kept(keep_sinks, keep_special, keep_first)
     blocks = _TextBlocks(tokenizer, texts, block_tokens, max_length, random_state)
 
     def read(epoch: int, block: int) -> Batch:
@@ -259,7 +282,7 @@ def stream_activations(
             model, tokenizer, blocks.texts(epoch, block), wanted, batch_size=read_size,
             max_length=max_length, sink_ratio=sink_ratio, progress=False,
         )  # fmt: skip
-        return rows_of(acts, specs, keep_sinks, keep_special)
+        return rows_of(acts, specs, keep)
 
     return RowStream(read, blocks.n_blocks, batch_size, random_state)
 
@@ -274,6 +297,7 @@ def stream_paired(
     block_tokens: int = 65_536,
     keep_sinks: bool = False,
     keep_special: bool = True,
+    keep_first: bool = True,
     max_length: int | None = None,
     read_size: int | Literal["auto"] = "auto",
     sink_ratio: float = SINK_RATIO,
@@ -293,7 +317,7 @@ def stream_paired(
         One crosscoder a site; a mapping names them.
     keep_sinks : bool, default=False
         Keep tokens that are a sink in one of the models.
-    keep_special : bool, default=True
+    keep_special, keep_first : bool, default=True
 
     Raises
     ------
@@ -305,7 +329,7 @@ def stream_paired(
     if len(streams) < 2:
         raise ValueError(f"{len(streams)} model given; a crosscoder over models needs two or more.")
     specs = named_sites(sites)
-    wanted = _wanted(specs)
+    wanted, keep = _wanted(specs), Kept(keep_sinks, keep_special, keep_first)
     tokenizer = _one_tokenizer(tokenizer, streams)
     blocks = _TextBlocks(tokenizer, texts, block_tokens, max_length, random_state)
 
@@ -318,8 +342,8 @@ def stream_paired(
             )
             for model in streams
         ]  # fmt: skip
-        keep = _kept(seen, keep_sinks, keep_special)
-        return {name: _side_by_side([a[str(s)][keep] for a in seen]) for name, s in specs.items()}
+        own = keep.rows(*seen)
+        return {name: _side_by_side([a[str(s)][own] for a in seen]) for name, s in specs.items()}
 
     return RowStream(read, blocks.n_blocks, batch_size, random_state)
 
@@ -337,29 +361,19 @@ def named_sites(sites: Site | Sequence[Site] | Mapping[str, Site]) -> dict[str, 
     return named
 
 
-def rows_of(
-    acts: Activations, specs: Mapping[str, Site], keep_sinks: bool, keep_special: bool
-) -> Batch:
+def rows_of(acts: Activations, specs: Mapping[str, Site], keep: Kept) -> Batch:
     """Rows of each dictionary from captured activations."""
-    keep = _kept([acts], keep_sinks, keep_special)
+    own = keep.rows(acts)
 
     def picked(site: str | list[str]) -> Tensor:
         if isinstance(site, str):
-            return acts[site][keep]
-        return _side_by_side([acts[name][keep] for name in site])
+            return acts[site][own]
+        return _side_by_side([acts[name][own] for name in site])
 
     return {
         name: (picked(site[0]), picked(site[1])) if isinstance(site, tuple) else picked(site)
         for name, site in specs.items()
     }
-
-
-def _kept(seen: Sequence[Activations], keep_sinks: bool, keep_special: bool) -> Tensor:
-    keep = torch.ones_like(seen[0].sink)
-    for acts in seen:
-        keep &= keep_sinks | ~acts.sink
-        keep &= keep_special | ~acts.special
-    return keep
 
 
 def _side_by_side(arrays: Sequence[Tensor]) -> Tensor:

@@ -3,46 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from manifold_unlearn.conformal import ConformalQuantile, conformal_quantile
+from manifold_unlearn.sequences import Padded
+
 LEAST_THRESHOLD = 1e-3
 """Nats; no gate opens below, so that it is shut where there is no evidence at all."""
 
-
-class Padded(NamedTuple):
-    """Where every row stands in a rectangle with one line a sequence.
-
-    Attributes
-    ----------
-    line, column : Tensor of shape (n_rows,), int64
-    labels : Tensor of shape (n_sequences,), int64
-        The number of each line's sequence; ascending.
-    n_columns : int
-    """
-
-    line: Tensor
-    column: Tensor
-    labels: Tensor
-    n_columns: int
-
-    def fill(self, values: Tensor, empty: float) -> Tensor:
-        """``values`` (n_rows,) as ``(n_sequences, n_columns)``, ``empty`` where no row stands."""
-        made = values.new_full((len(self.labels), self.n_columns), empty)
-        made[self.line, self.column] = values
-        return made
-
-
-def padded(sequence: Tensor) -> Padded:
-    """Lay out rows by their ``sequence`` (n_rows,); rows of one keep their order."""
-    labels, line, counts = torch.unique(sequence, return_inverse=True, return_counts=True)
-    order = line.argsort(stable=True)
-    starts = counts.cumsum(0) - counts
-    column = torch.empty_like(line)
-    column[order] = torch.arange(len(line), device=line.device) - starts[line[order]]
-    return Padded(line, column, labels, int(counts.max()) if len(counts) else 0)
+_ROUNDING = 1e-4
+"""Over the largest evidence: texts that begin alike share rows, and one of those may set the
+threshold, which no rounding of another batch, amplified by a density, may reach."""
 
 
 def cumulated(log_ratios: Tensor, start: Tensor, present: Tensor) -> Tensor:
@@ -81,50 +54,22 @@ def largest(log_ratios: Tensor, layout: Padded, *, sequential: bool) -> Tensor:
     return cumulated(steps, start, torch.ones_like(steps, dtype=torch.bool)).amax(1)
 
 
-class Threshold(NamedTuple):
-    """A conformal threshold.
+def gate_threshold(maxima: Tensor, false_positive_rate: float) -> ConformalQuantile:
+    """Least threshold, exact in float32, that a new retain sequence seldom reaches.
 
-    Attributes
-    ----------
-    value : float
-        Exact in float32; evidence of at least this opens the gate.
-    promised_rate : float
-        Chance, at most, that a further exchangeable sequence reaches it.
-    n_needed : int
-        Sequences that the rate asked for would need.
-    """
-
-    value: float
-    promised_rate: float
-    n_needed: int
-
-
-def conformal_threshold(maxima: Tensor, false_positive_rate: float) -> Threshold:
-    """Least threshold that a new retain sequence reaches with at most the chance asked for.
-
-    The gate opens strictly above the ``ceil((n + 1) * (1 - false_positive_rate))``-th smallest of
-    the ``n`` maxima: of ``n + 1`` exchangeable values the last is above it with at most that
-    chance. With too few maxima the largest takes its place, and the chance is ``1 / (n + 1)``.
+    It lies above the conformal quantile of the maxima by more than what rounding makes of one of
+    them, so that the chance that a further sequence reaches it is at most ``promised_rate``.
 
     Parameters
     ----------
     maxima : Tensor of shape (n_sequences,)
     false_positive_rate : float
         In (0, 1).
-
-    References
-    ----------
-    Vovk, Gammerman and Shafer (2005), Algorithmic learning in a random world.
     """
-    n = len(maxima)
-    rank = math.ceil((n + 1) * (1 - false_positive_rate) - 1e-9)
-    at = min(rank, n)
-    value = max(float(maxima.double().sort().values[at - 1]), LEAST_THRESHOLD)
-    above = torch.tensor(value, dtype=torch.float32)
-    while float(above) <= value:
-        above = torch.nextafter(above, torch.tensor(math.inf))
-    n_needed = math.ceil(1 / false_positive_rate - 1e-9) - 1
-    return Threshold(float(above), 1 - at / (n + 1), n_needed)
+    found = conformal_quantile(maxima, false_positive_rate)
+    least = max(found.value + _ROUNDING * float(maxima.abs().max()), LEAST_THRESHOLD)
+    above = torch.nextafter(torch.tensor(least, dtype=torch.float32), torch.tensor(math.inf))
+    return found._replace(value=float(above))
 
 
 def separation(positive: Tensor, negative: Tensor) -> float:

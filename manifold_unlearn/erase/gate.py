@@ -8,7 +8,6 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-import numpy as np
 import torch
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
@@ -22,18 +21,12 @@ from manifold_unlearn.arrays import (
     validate,
     working_dtype,
 )
+from manifold_unlearn.conformal import ConformalQuantile
 from manifold_unlearn.erase.densities import KernelRatio, LinearRatio, tensors_of
-from manifold_unlearn.erase.evidence import (
-    Padded,
-    Threshold,
-    conformal_threshold,
-    cumulated,
-    largest,
-    padded,
-    separation,
-)
+from manifold_unlearn.erase.evidence import cumulated, gate_threshold, largest, separation
 from manifold_unlearn.erase.folds import Rows, deal
 from manifold_unlearn.erase.held_out import Scored, fit_kernel, fit_linear
+from manifold_unlearn.sequences import Padded, padded, row_labels
 
 Density = Literal["diffusion", "knn", "linear"]
 Evidence = Literal["sequence", "token"]
@@ -222,12 +215,12 @@ class ForgetGate(LabeledMixin, BaseEstimator):
         self._check_parameters()
         rows = validate(self, X, reset=True, min_samples=2)
         forget = forget_mask(y, len(rows)).to(rows.device)
-        text = _labels(sequence, "sequence", rows)
-        subject = text if group is None else _labels(group, "group", rows)
+        text = row_labels(sequence, len(rows), "sequence").to(rows.device)
+        subject = text if group is None else row_labels(group, len(rows), "group").to(rows.device)
         kind = (
             torch.zeros_like(text)
             if population is None
-            else _labels(population, "population", rows)
+            else row_labels(population, len(rows), "population").to(rows.device)
         )
         fold = torch.empty_like(text)
         n_folds = []
@@ -268,7 +261,7 @@ class ForgetGate(LabeledMixin, BaseEstimator):
                 f"min_auc={self.min_auc} (density={self.density!r}, evidence={self.evidence!r}). "
                 "Try another site, density or evidence, or add texts."
             )
-        thresholds = [conformal_threshold(part, self.false_positive_rate) for part in retained]
+        thresholds = [gate_threshold(part, self.false_positive_rate) for part in retained]
         strictest = max(thresholds)
         self._warn_of_few(thresholds, min(map(len, retained)))
         self.threshold_ = strictest.value
@@ -280,7 +273,7 @@ class ForgetGate(LabeledMixin, BaseEstimator):
         self.n_calibration_ = min(map(len, retained))
         self.frozen_ = FrozenGate(scored.ratio, strictest.value, self.evidence == "sequence")
 
-    def _warn_of_few(self, thresholds: list[Threshold], n: int) -> None:
+    def _warn_of_few(self, thresholds: list[ConformalQuantile], n: int) -> None:
         needed = thresholds[0].n_needed
         if n < needed:
             warnings.warn(
@@ -333,7 +326,7 @@ class ForgetGate(LabeledMixin, BaseEstimator):
 
     def _evidence(self, X: Any, sequence: Any) -> Tensor:
         ratios = self._log_ratio(X)
-        layout = padded(_labels(sequence, "sequence", ratios))
+        layout = padded(row_labels(sequence, len(ratios), "sequence").to(ratios.device))
         steps = layout.fill(ratios, 0.0)
         present = layout.fill(torch.ones_like(ratios, dtype=torch.bool), False)
         evidence = self.frozen_.accumulate(steps, steps.new_zeros(len(steps)), present)
@@ -376,20 +369,6 @@ class ForgetGate(LabeledMixin, BaseEstimator):
             )
         if not 0 <= self.min_auc <= 1:
             raise ValueError(f"min_auc={self.min_auc!r} must lie in [0, 1].")
-
-
-def _labels(labels: Any, name: str, rows: Tensor) -> Tensor:
-    """Integer labels ``(n_rows,)`` on the device of ``rows``; each row its own for None."""
-    if labels is None:
-        return torch.arange(len(rows), device=rows.device)
-    if not isinstance(labels, Tensor):
-        labels = torch.as_tensor(np.asarray(labels))
-    if labels.shape != (len(rows),) or labels.is_floating_point() or labels.is_complex():
-        raise ValueError(
-            f"{name} has shape {tuple(labels.shape)} and dtype {labels.dtype}; expected "
-            f"({len(rows)},) integers, one a row."
-        )
-    return labels.to(rows.device, torch.int64)
 
 
 class _Texts(NamedTuple):

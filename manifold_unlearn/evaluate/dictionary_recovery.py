@@ -17,6 +17,7 @@ from manifold_unlearn.activations.models import context_length, evaluating
 from manifold_unlearn.activations.tokens import Batch, Encoding, Text, batches, encode
 from manifold_unlearn.evaluate.dictionary_splice import (
     Coder,
+    LeftAlone,
     ablated,
     sites_written,
     spliced,
@@ -40,7 +41,7 @@ class SpliceFidelity:
     zeroed: Metric
     """Loss where zeros stand at the sites that the dictionaries write to"""
     averaged: Metric
-    """Loss where each site's mean row over the texts stands there"""
+    """Loss where each site's mean row stands there: over all tokens but those left alone"""
     divergence: Metric
     """``KL(model || model of the dictionaries)``, nats a token"""
     zeroed_divergence: Metric
@@ -119,6 +120,7 @@ def splice_fidelity(
     texts: Sequence[Text],
     *,
     leave_tokens: Collection[int] = (),
+    leave_first: bool = False,
     sink_ratio: float | None = None,
     batch_size: BatchSize = "auto",
 ) -> SpliceFidelity:
@@ -135,7 +137,7 @@ def splice_fidelity(
         As :func:`~manifold_unlearn.evaluate.dictionary_splice.spliced`.
     texts : sequence of str or (prompt, answer)
         Of two tokens or more. Take texts that no dictionary was trained on.
-    leave_tokens, sink_ratio
+    leave_tokens, leave_first, sink_ratio
         As :func:`~manifold_unlearn.evaluate.dictionary_splice.spliced`.
     batch_size : int or "auto"
 
@@ -155,10 +157,14 @@ def splice_fidelity(
             "remove it."
         )
     made = batches(rows, batch_size=batch_size, token_budget=1024)
-    left: dict[str, Any] = {"leave_tokens": leave_tokens, "sink_ratio": sink_ratio}
+    left: dict[str, Any] = {
+        "leave_tokens": leave_tokens,
+        "leave_first": leave_first,
+        "sink_ratio": sink_ratio,
+    }
     sites = sites_written(coders)
     with evaluating(model), torch.no_grad():
-        means = _mean_rows(model, made, sites)
+        means = _mean_rows(model, made, sites, LeftAlone(leave_tokens, leave_first, sink_ratio))
         runs: dict[str, Any] = {
             "spliced": partial(spliced, model, coders, **left),
             "zeroed": partial(ablated, model, dict.fromkeys(sites), **left),
@@ -213,16 +219,18 @@ def _loss(log_p: Tensor, following: Tensor) -> float:
     return -float(right.double().mean())
 
 
-def _mean_rows(model: Any, made: Sequence[Batch], sites: Sequence[str]) -> dict[str, Tensor]:
-    """Mean row of each site over all tokens that are not padding."""
-    totals: dict[str, Tensor] = {}
-    count = 0
+def _mean_rows(
+    model: Any, made: Sequence[Batch], sites: Sequence[str], left: LeftAlone
+) -> dict[str, Tensor]:
+    """Mean row of each site over the tokens that are neither padding nor left alone."""
+    totals = dict.fromkeys(sites, torch.zeros(1, dtype=torch.float64))
+    counts = dict.fromkeys(sites, 0)
     for batch in made:
-        with recording(model, sites) as seen:
+        with left.watching(model), recording(model, sites) as seen:
             _log_softmax(model, batch)
         present = batch.attention_mask.bool()
-        count += int(present.sum())
         for site, found in seen.items():
-            total = found[-1][present.to(found[-1].device)].cpu().double().sum(0)
-            totals[site] = totals[site] + total if site in totals else total
-    return {site: (total / count).float() for site, total in totals.items()}
+            own = present.to(found[-1].device) & ~left.among(found[-1])
+            totals[site] = totals[site] + found[-1][own].cpu().double().sum(0)
+            counts[site] += int(own.sum())
+    return {site: (total / max(counts[site], 1)).float() for site, total in totals.items()}

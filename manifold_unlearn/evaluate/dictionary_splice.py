@@ -15,6 +15,7 @@ from manifold_unlearn.activations.models import evaluating
 from manifold_unlearn.activations.sites import find_decoder
 from manifold_unlearn.dictionary import Crosscoder, CrossLayerTranscoder, SparseCoder, Transcoder
 from manifold_unlearn.intervene.hooks import EditedTokens, intervene
+from manifold_unlearn.intervene.sequence import ForwardPass
 
 Coder: TypeAlias = "SparseCoder | CrossLayerTranscoder"
 
@@ -31,11 +32,14 @@ class LeftAlone:
     """Tokens of the pass now running that keep their rows."""
 
     token_ids: Collection[int] = ()
+    first: bool = False
     sink_ratio: float | None = None
     input_ids: Tensor | None = field(default=None, init=False)
+    running: ForwardPass = field(default_factory=ForwardPass, init=False)
 
-    def begin(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Take note of the tokens: a forward pre-hook of the decoder."""
+        self.running.begin(module, args, kwargs)
         given = kwargs.get("input_ids", args[0] if args else None)
         if self.token_ids and given is None:
             raise ValueError(
@@ -44,17 +48,30 @@ class LeftAlone:
             )
         self.input_ids = given
 
-    def restored(self, made: Tensor, h: Tensor, read: Tensor) -> Tensor:
-        """What was made of rows, but for those left alone; these are as in ``h``."""
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Take note of every pass of the model, if anything is to be known of it."""
+        with ExitStack() as stack:
+            if self.token_ids or self.first:
+                decoder = find_decoder(model).module
+                handle = decoder.register_forward_pre_hook(self.begin, with_kwargs=True)
+                stack.callback(handle.remove)
+            yield
+
+    def among(self, *rows: Tensor) -> Tensor:
+        """Boolean mask of the tokens left alone, by their rows (..., d) at one site or more."""
+        h = rows[0]
         alone = h.new_zeros(h.shape[:-1], dtype=torch.bool)
         if self.token_ids and self.input_ids is not None:
             named = torch.tensor(sorted(self.token_ids), device=self.input_ids.device)
             alone = alone | torch.isin(self.input_ids, named).to(h.device)
+        if self.first:
+            alone = alone | self.running.present(h)[1]
         if self.sink_ratio is not None:
-            for rows in (h, read):
-                norm = rows.float().norm(dim=-1)
+            for values in rows:
+                norm = values.float().norm(dim=-1)
                 alone = alone | (norm > self.sink_ratio * norm.median()).to(h.device)
-        return torch.where(alone[..., None], h, made)
+        return alone
 
 
 @dataclass(frozen=True)
@@ -78,7 +95,7 @@ class _Replacing:
             read = self.seen[self.site_in][-1]
             del self.seen[self.site_in][:-1]
         made = self.make(read, h).to(h.device, h.dtype)
-        return self.left.restored(made, h, read)
+        return torch.where(self.left.among(h, read)[..., None], h, made)
 
 
 @dataclass(frozen=True)
@@ -165,6 +182,7 @@ def spliced(
     error: bool = False,
     change: Change | None = None,
     leave_tokens: Collection[int] = (),
+    leave_first: bool = False,
     sink_ratio: float | None = None,
     tokens: EditedTokens = "all",
 ) -> Iterator[nn.Module]:
@@ -188,6 +206,10 @@ def spliced(
         Of the activations (..., d_sae), before they are decoded.
     leave_tokens : collection of int
         Ids of tokens whose rows stay as they are, such as ``tokenizer.all_special_ids``.
+    leave_first : bool, default=False
+        Leave the first token of each sequence as it is. In many models it becomes the attention
+        sink, and the blocks before it does so already carry what makes it one, at a norm that no
+        ratio tells from others. Dictionaries of a stream without sinks have never read it.
     sink_ratio : float, optional
         Leave rows as they are whose norm, where it is read or written, exceeds this multiple of
         the median of the pass; ``capture`` flags them by 10.
@@ -211,7 +233,7 @@ def spliced(
     ...     model(**inputs).loss
     """
     placed = _placed(coders)
-    left = LeftAlone(leave_tokens, sink_ratio)
+    left = LeftAlone(leave_tokens, leave_first, sink_ratio)
     seen: dict[str, list[Tensor]] = {}
     maps: dict[str, Any] = {}
     for (reads, writes), coder in placed:
@@ -244,6 +266,7 @@ def ablated(
     rows: Mapping[str, Tensor | None],
     *,
     leave_tokens: Collection[int] = (),
+    leave_first: bool = False,
     sink_ratio: float | None = None,
     tokens: EditedTokens = "all",
 ) -> Iterator[nn.Module]:
@@ -254,10 +277,10 @@ def ablated(
     model : torch.nn.Module
     rows : mapping of str to Tensor of shape (d_site,) or None
         None: zeros.
-    leave_tokens, sink_ratio, tokens
+    leave_tokens, leave_first, sink_ratio, tokens
         As :func:`spliced`.
     """
-    left = LeftAlone(leave_tokens, sink_ratio)
+    left = LeftAlone(leave_tokens, leave_first, sink_ratio)
 
     def filled(row: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
         if row is None:
@@ -278,6 +301,7 @@ def edited_but(
     site_maps: Mapping[str, Callable[[Tensor], Tensor]],
     *,
     leave_tokens: Collection[int] = (),
+    leave_first: bool = False,
     sink_ratio: float | None = None,
     tokens: EditedTokens = "all",
 ) -> Iterator[nn.Module]:
@@ -288,10 +312,10 @@ def edited_but(
     model : torch.nn.Module
     site_maps : mapping of str to callable
         Maps ``(..., d) -> (..., d)``, none of them sequential.
-    leave_tokens, sink_ratio, tokens
+    leave_tokens, leave_first, sink_ratio, tokens
         As :func:`spliced`.
     """
-    left = LeftAlone(leave_tokens, sink_ratio)
+    left = LeftAlone(leave_tokens, leave_first, sink_ratio)
 
     def made(site_map: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda _, h: site_map(h)
@@ -308,12 +332,7 @@ def edited_but(
 def _replaced(
     model: nn.Module, maps: Mapping[str, Any], left: LeftAlone, tokens: EditedTokens
 ) -> Iterator[None]:
-    with ExitStack() as stack:
-        if left.token_ids:
-            decoder = find_decoder(model).module
-            handle = decoder.register_forward_pre_hook(left.begin, with_kwargs=True)
-            stack.callback(handle.remove)
-        stack.enter_context(intervene(model, maps, tokens=tokens))
+    with left.watching(model), intervene(model, maps, tokens=tokens):
         yield
 
 

@@ -170,7 +170,9 @@ def sparsity_frontier(
             )
         lines[name] = points[np.argsort(points[:, 0], kind="stable")]
     every = np.concatenate(list(lines.values()))
-    with style.new_figure(6.2, 4.0, title) as figure:
+    n_keys = len(lines) + (target is not None)
+    columns = 2 if sum(len(str(name)) + 6 for name in lines) > 30 or target is not None else 4
+    with style.new_figure(6.2, 3.8 + 0.22 * ceil(n_keys / columns), title) as figure:
         ax = figure.add_subplot()
         ax.set_xscale("log")
         if logarithmic:
@@ -191,8 +193,6 @@ def sparsity_frontier(
         ax.set_axisbelow(True)
         if target is not None:
             keys.append(_shade_target(ax, target, better, label))
-        wide = sum(len(str(key.get_label())) + 6 for key in keys) > 72
-        columns = 2 if wide else 4
         figure.legend(handles=keys, loc="outside lower center", ncols=min(len(keys), columns))
     return figure
 

@@ -7,7 +7,6 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
-import numpy as np
 import torch
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
@@ -24,6 +23,8 @@ from manifold_unlearn.arrays import (
     working_dtype,
 )
 from manifold_unlearn.artifact import SavedMixin
+from manifold_unlearn.conformal import conformal_quantile
+from manifold_unlearn.sequences import padded, row_labels
 from manifold_unlearn.steer.gated import Evidence, GatedShift
 from manifold_unlearn.steer.strengths import checked_strength
 from manifold_unlearn.steer.vectors import Method, SteeringVector, checked_vector
@@ -137,8 +138,7 @@ class ConditionalVector(LabeledMixin, SavedMixin, TransformerMixin, BaseEstimato
 
     Examples
     --------
-    >>> import numpy as np
-    >>> rng = np.random.default_rng(0)
+    >>>     >>> rng = np.random.default_rng(0)
     >>> X, y = rng.normal(size=(800, 8)), np.repeat([0, 1], 400)
     >>> X[y == 1, 0] += 8
     >>> gated = ConditionalVector(random_state=0).fit(X, y, vector=np.eye(8)[3])
@@ -209,7 +209,7 @@ class ConditionalVector(LabeledMixin, SavedMixin, TransformerMixin, BaseEstimato
         self._check_parameters()
         rows = validate(self, X, reset=True, min_samples=2)
         steer = forget_mask(y, len(rows)).to(rows.device)
-        text = _texts(sequence, len(rows), "sequence").to(rows.device)
+        text = row_labels(sequence, len(rows), "sequence").to(rows.device)
         used = torch.ones_like(steer)
         if calibration is None:
             used = ~self._drawn(text, ~steer)
@@ -220,7 +220,7 @@ class ConditionalVector(LabeledMixin, SavedMixin, TransformerMixin, BaseEstimato
                 raise ValueError(
                     f"calibration has {held.shape[1]} features; X has {rows.shape[1]}."
                 )
-            held_text = _texts(calibration_sequence, len(held), "calibration_sequence")
+            held_text = row_labels(calibration_sequence, len(held), "calibration_sequence")
         fitted = SteeringVector(self.condition).fit(rows[used], steer[used].long())
         axis = fitted.vector_.double()
         self.direction_ = (axis / torch.linalg.vector_norm(axis)).to(rows.dtype)
@@ -257,17 +257,15 @@ class ConditionalVector(LabeledMixin, SavedMixin, TransformerMixin, BaseEstimato
 
     def _calibrate(self, scores: Tensor) -> None:
         n, rate = len(scores), float(self.false_positive_rate)
-        rank = min(math.ceil((n + 1) * (1 - rate) - 1e-9), n)
-        margin = _ROUNDING * float(scores.abs().max())
-        self.threshold_ = float(scores.sort().values[rank - 1]) + margin
-        self.promised_rate_ = 1 - rank / (n + 1)
+        found = conformal_quantile(scores, rate)
+        self.threshold_ = found.value + _ROUNDING * float(scores.abs().max())
+        self.promised_rate_ = found.promised_rate
         self.n_calibration_ = n
-        needed = math.ceil(1 / rate - 1e-9) - 1
-        if n < needed:
+        if n < found.n_needed:
             warnings.warn(
-                f"{n} rows or texts set the threshold; false_positive_rate={rate} needs {needed}. "
-                f"The rate that holds is promised_rate_={self.promised_rate_:.3g}. Give more, or "
-                "ask for a higher rate.",
+                f"{n} rows or texts set the threshold; false_positive_rate={rate} needs "
+                f"{found.n_needed}. The rate that holds is promised_rate_="
+                f"{self.promised_rate_:.3g}. Give more, or ask for a higher rate.",
                 UserWarning,
                 stacklevel=4,
             )
@@ -306,15 +304,9 @@ class ConditionalVector(LabeledMixin, SavedMixin, TransformerMixin, BaseEstimato
         opened = self._condition(self.threshold_)(rows)
         if self.evidence == "token" or sequence is None:
             return opened
-        text = _texts(sequence, len(rows), "sequence").to(rows.device)
-        _, line = torch.unique(text, return_inverse=True)
-        order = line.argsort(stable=True)
-        later = opened[order].cumsum(0)
-        start = torch.searchsorted(line[order], line[order])  # first row of the same text
-        before = later[start] - opened[order][start]
-        latched = torch.empty_like(opened)
-        latched[order] = (later - before > 0).to(opened)
-        return latched
+        text = row_labels(sequence, len(rows), "sequence").to(rows.device)
+        layout = padded(text)
+        return layout.fill(opened, 0).cummax(1).values[layout.line, layout.column]
 
     def transform(self, X: Any, sequence: Any = None) -> Any:
         """Steered rows, in the kind, dtype and device of ``X``; arguments as :meth:`gate`."""
@@ -337,19 +329,6 @@ class ConditionalVector(LabeledMixin, SavedMixin, TransformerMixin, BaseEstimato
         shift = checked_strength(self.strength) * torch.as_tensor(self.vector_)
         condition = self._condition(self.threshold_)
         return GatedShift(shift, condition, self.preserve_norm).to(device, dtype)
-
-
-def _texts(labels: Any, n_rows: int, name: str) -> Tensor:
-    """Integer text of each row (n_rows,); each row its own for None."""
-    if labels is None:
-        return torch.arange(n_rows)
-    made = labels if isinstance(labels, Tensor) else torch.as_tensor(np.asarray(labels))
-    if made.shape != (n_rows,) or made.is_floating_point() or made.is_complex():
-        raise ValueError(
-            f"{name} has shape {tuple(made.shape)} and dtype {made.dtype}; expected ({n_rows},) "
-            "integers, one a row."
-        )
-    return made.to(torch.int64)
 
 
 def _largest(scores: Tensor, text: Tensor) -> Tensor:

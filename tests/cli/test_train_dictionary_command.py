@@ -45,6 +45,18 @@ def test_a_dictionary_for_saelens_reads_the_same(words, files, tmp_path):
     assert torch.equal(own.encode(rows), other.encode(rows))
 
 
+def test_the_first_token_is_read_on_request(words, tmp_path):
+    found = []
+    for flags in ((), ("--keep-first",)):
+        out = tmp_path / f"out{len(flags)}"
+        run(*words, "--sites", "layers.0", *flags, "--out", out)
+        found.append(json.loads((out / "metrics.json").read_text("utf-8"))["layers.0"])
+    without, kept = found
+    assert without["spliced"]["clean"] == kept["spliced"]["clean"]
+    assert without["spliced"]["zeroed"] != kept["spliced"]["zeroed"]
+    assert without["fidelity"] != kept["fidelity"]
+
+
 def test_wrong_inputs_are_one_line(words, files, tmp_path, capsys):
     line = refused(capsys, *words, "--sites", "layers.7", "--out", tmp_path / "out")
     assert "no site 'layers.7'" in line

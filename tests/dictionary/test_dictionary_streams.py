@@ -150,6 +150,8 @@ def test_sinks_are_left_out_and_special_tokens_on_request(llama, tokenizer):
     assert n_rows() == int((~acts.sink).sum())
     assert n_rows(keep_sinks=True) == len(acts.sink)
     assert n_rows(keep_special=False) == int((~acts.sink & ~acts.special).sum())
+    later = acts.position > 0
+    assert n_rows(keep_sinks=True, keep_first=False) == int(later.sum()) < len(later)
 
 
 def test_a_stream_from_a_model_goes_on_alike(llama, tokenizer):

@@ -220,7 +220,7 @@ def test_parts_of_codes_are_parts_of_the_matrix():
     torch.testing.assert_close(join_codes([code, code]).dense(), torch.cat([dense, dense]))
     loose = SparseCode(code.row, code.latent, code.value * (code.value > 1), 3, 3)
     assert len(without_zeros(loose).value) == 3
-    for bad, message in (([], "latents is empty"), ([3], "latent 3 is not"), ([1, 1], "twice")):
+    for bad, message in (([], "at least one whole"), ([3], "latent 3 is not"), ([1, 1], "twice")):
         with pytest.raises(ValueError, match=message):
             select_latents(code, bad)
     with pytest.raises(ValueError, match=r"kept has shape \(2,\)"):

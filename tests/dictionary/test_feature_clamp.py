@@ -184,9 +184,9 @@ def test_saved_and_loaded_alone_and_in_an_edit_it_is_the_same(tmp_path):
 
 def test_what_cannot_be_clamped_is_refused():
     coder = trained_looking({"name": "relu"})
-    with pytest.raises(ValueError, match="latent 48 does not exist"):
+    with pytest.raises(ValueError, match="latent 48 is not among the 48"):
         FeatureClamp(coder, [3, 48])
-    with pytest.raises(ValueError, match="name one latent twice"):
+    with pytest.raises(ValueError, match="name one of them twice"):
         FeatureClamp(coder, [3, 3])
     with pytest.raises(ValueError, match="at least one whole number"):
         FeatureClamp(coder, [])

@@ -6,8 +6,8 @@ import torch
 from cases import GATES
 from sklearn.metrics import roc_auc_score
 
-from manifold_unlearn.erase.evidence import padded
 from manifold_unlearn.erase.gate import ForgetGate
+from manifold_unlearn.sequences import padded
 
 SHARED = Path(__file__).parents[3] / "shared"
 N_TEXTS, LENGTH = 160, 6
@@ -159,7 +159,8 @@ def test_the_figures_are_those_of_the_held_out_scores(monkeypatch, data):
     most = kept["scored"].held_out.numpy().reshape(N_TEXTS, LENGTH).max(1)
     label = y.reshape(N_TEXTS, LENGTH)[:, 0]
     quantile = np.sort(most[label == 0])[int(np.ceil((sum(label == 0) + 1) * 0.9)) - 1]
-    assert gate.threshold_ == pytest.approx(max(quantile, 1e-3), rel=1e-6)
+    margin = 1e-4 * np.abs(most[label == 0]).max()
+    assert gate.threshold_ == pytest.approx(max(quantile + margin, 1e-3), rel=1e-6)
     assert gate.auc_ == pytest.approx(roc_auc_score(label, most))
     assert gate.false_positive_rate_ == (most[label == 0] >= gate.threshold_).mean()
     assert gate.detection_rate_ == (most[label == 1] >= gate.threshold_).mean()

@@ -9,6 +9,7 @@ from cases import TEXTS, WIDTH, hooks, same_state, state
 from manifold_unlearn import capture, intervene
 from manifold_unlearn.dictionary import SparseAutoencoder
 from manifold_unlearn.evaluate import splice_fidelity
+from manifold_unlearn.evaluate.dictionary_splice import ablated
 
 LONG = [text for text in TEXTS if text != "x"]
 
@@ -129,6 +130,23 @@ def test_tokens_left_alone_are_so_in_the_ablation_too(tiny_testbed, testbed_text
     )
     assert kept.recovery == pytest.approx(0, abs=1e-6)
     assert (kept.zeroed.values != plain.zeroed.values).all()
+
+
+def test_mean_rows_are_of_the_tokens_that_they_replace(llama, tokenizer):
+    with torch.no_grad():
+        llama.model.embed_tokens.weight[0] *= 1000  # the first token of every text
+    coders = {"embed": coder_of(WIDTH, "zero")}
+    acts = capture(llama, tokenizer, LONG, ["embed"])
+    own = acts["embed"][acts.position > 0].mean(0)
+    for how in ({"leave_first": True}, {"leave_tokens": [0]}, {"sink_ratio": 10.0}):
+        found = splice_fidelity(llama, tokenizer, coders, LONG, **how)
+        with ablated(llama, {"embed": own}, **how):
+            expected = splice_fidelity(
+                llama, tokenizer, {"layers.0": coder_of(WIDTH, "identity")}, LONG
+            ).clean
+        assert found.averaged.values == pytest.approx(expected.values, rel=1e-5)
+        whole = splice_fidelity(llama, tokenizer, coders, LONG)
+        assert found.averaged.mean != pytest.approx(whole.averaged.mean, rel=1e-3)
 
 
 def test_where_zeros_do_no_harm_recovery_is_undefined(llama, tokenizer):

@@ -231,6 +231,33 @@ def test_tokens_are_found_in_the_pass_of_every_architecture(model):
         torch.testing.assert_close(run(model), before)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_first_token_of_each_text_is_left_alone(llama, tokenizer, side):
+    tokenizer.padding_side = side
+    rows = capture(llama, tokenizer, TEXTS, ["layers.1"])
+    with edited_but(llama, {"layers.1": lambda h: 2 * h}, leave_first=True):
+        made = capture(llama, tokenizer, TEXTS, ["layers.1"])
+    factor = torch.where(rows.position == 0, 1.0, 2.0)[:, None]
+    torch.testing.assert_close(made["layers.1"], rows["layers.1"] * factor)
+    assert hooks(llama) == 0
+
+
+def test_the_first_token_is_found_in_the_pass_of_every_architecture(model):
+    before = run(model)
+    with edited_but(model, {"layers.1": torch.zeros_like}, leave_first=True):
+        made = run(model)
+    torch.testing.assert_close(made[:, 0], before[:, 0])
+    assert (made[:, 1:] - before[:, 1:]).abs().max() > 1e-3
+
+
+def test_generated_tokens_are_not_taken_for_first_ones(llama):
+    with spliced(llama, {"layers.0": random_coder()}, leave_first=True):
+        out = llama.generate(input_ids=IDS[:1], max_new_tokens=5, do_sample=False, pad_token_id=2)
+        whole = run(llama, out[:, :-1])
+    length = IDS.shape[1]
+    assert torch.equal(whole[0, length - 1 :].argmax(-1), out[0, length:])
+
+
 def test_sinks_are_left_alone_where_they_are_read_or_written(llama, tokenizer):
     ids = [row.ids for row in encode(tokenizer, TEXTS)]
     with torch.no_grad():
