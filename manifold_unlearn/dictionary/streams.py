@@ -132,6 +132,7 @@ class RowStream:
                 index = shuffled[at : at + self.batch_size]
                 batch = {name: _taken(given, index) for name, given in rows.items()}
                 yield Position(start.epoch, number, k + 1), batch
+            rows = {}  # not held while the next block is read
 
 
 def _permutation(n: int, *seeds: int) -> list[int]:
@@ -364,11 +365,10 @@ def named_sites(sites: Site | Sequence[Site] | Mapping[str, Site]) -> dict[str, 
 def rows_of(acts: Activations, specs: Mapping[str, Site], keep: Kept) -> Batch:
     """Rows of each dictionary from captured activations."""
     own = keep.rows(acts)
+    rows = {site: acts[site] if own.all() else acts[site][own] for site in acts}
 
     def picked(site: str | list[str]) -> Tensor:
-        if isinstance(site, str):
-            return acts[site][own]
-        return _side_by_side([acts[name][own] for name in site])
+        return rows[site] if isinstance(site, str) else _side_by_side([rows[s] for s in site])
 
     return {
         name: (picked(site[0]), picked(site[1])) if isinstance(site, tuple) else picked(site)

@@ -137,6 +137,12 @@ def test_all_sites_come_from_one_pass(llama, tokenizer):
     assert len(passes) == 1
 
 
+def test_dictionaries_of_one_site_share_its_rows(llama, tokenizer):
+    stream = stream_activations(llama, tokenizer, TEXTS, {"a": "layers.0", "b": "layers.0"})
+    rows = stream.read(0, 0)
+    assert rows["a"].data_ptr() == rows["b"].data_ptr()
+
+
 def test_sinks_are_left_out_and_special_tokens_on_request(llama, tokenizer):
     acts = capture(llama, tokenizer, TEXTS, ["layers.0"], sink_ratio=1.05)
     assert acts.sink.any() and not acts.sink.all() and acts.special.any()
