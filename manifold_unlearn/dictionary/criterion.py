@@ -173,7 +173,8 @@ class Criterion:
     def decoded(self, parts: list[Part]) -> Tensor:
         """Outputs of codes, in the shape of the target rows."""
         if isinstance(self.coder, CrossLayerTranscoder):
-            return self.coder.decode([part.code for part in parts])
+            rows = torch.stack([part.rows for part in parts], dim=1)
+            return self.coder.decode([part.code for part in parts], rows)
         return self.coder.decode(parts[0].code, parts[0].rows)
 
     def _penalty(self, part: Part) -> Tensor:

@@ -17,7 +17,7 @@ class CrossLayerTranscoder(nn.Module):
     """MLP outputs of all layers from sparse codes of their inputs.
 
     ``f_i = nonlinearity(x_i W_enc[i] + b_enc[i])``, ``y_l = b_dec[l] + sum over i <= l of f_i
-    W_dec[i][:, l - i]``.
+    W_dec[i][:, l - i]``, plus ``x_l W_skip[l]`` where there is one.
 
     Parameters
     ----------
@@ -26,6 +26,8 @@ class CrossLayerTranscoder(nn.Module):
         Default: ``d_in``.
     nonlinearity : mapping, default={"name": "jumprelu"}
         Of every layer its own.
+    skip : bool, default=False
+        A linear way around at each layer, from its rows to its own outputs; zero to begin with.
     random_state : int, optional
 
     Attributes
@@ -35,6 +37,7 @@ class CrossLayerTranscoder(nn.Module):
     b_dec : Tensor of shape (n_layers, d_out)
     W_enc : Tensor of shape (n_layers, d_in, d_sae)
     W_dec : tuple of Tensor of shape (d_sae, n_layers - i, d_out)
+    W_skip : Tensor of shape (n_layers, d_in, d_out) or None
     origin : dict
 
     References
@@ -52,6 +55,7 @@ class CrossLayerTranscoder(nn.Module):
         d_out: int | None = None,
         nonlinearity: Mapping[str, Any] | None = None,
         *,
+        skip: bool = False,
         random_state: int | None = None,
     ) -> None:
         super().__init__()
@@ -70,6 +74,7 @@ class CrossLayerTranscoder(nn.Module):
         for layer in self.coders:
             layer.b_dec.requires_grad_(False)  # each output has one bias, kept here
         self.b_dec = nn.Parameter(torch.zeros(n_layers, self.d_out))
+        self.W_skip = nn.Parameter(torch.zeros(n_layers, d_in, self.d_out)) if skip else None
         self.origin: dict[str, Any] = {}
 
     @property
@@ -110,11 +115,29 @@ class CrossLayerTranscoder(nn.Module):
             for i, layer in enumerate(self.coders)
         ]
 
-    def decode(self, code: Tensor | Sequence[Code]) -> Tensor:
-        """Outputs (..., n_layers, d_out) of codes (..., n_layers, d_sae), or of one a layer."""
+    def decode(self, code: Tensor | Sequence[Code], x: Tensor | None = None) -> Tensor:
+        """Outputs of codes.
+
+        Parameters
+        ----------
+        code : Tensor of shape (..., n_layers, d_sae), or sequence of one code a layer
+        x : Tensor of shape (..., n_layers, d_in), optional
+            The rows that were encoded; needed with a skip.
+
+        Returns
+        -------
+        Tensor of shape (..., n_layers, d_out)
+
+        Raises
+        ------
+        ValueError
+            Another number of codes, or ``x`` is needed.
+        """
         parts = code.unbind(-2) if isinstance(code, Tensor) else code
         if len(parts) != self.n_layers:
             raise ValueError(f"{len(parts)} codes for {self.n_layers} layers; give one each.")
+        if self.W_skip is not None and x is None:
+            raise ValueError("a skip writes what it reads of the input; give the rows as x.")
         total: Tensor | None = None
         for i, (layer, part) in enumerate(zip(self.coders, parts, strict=True)):
             wrote = layer.decode(part).unflatten(-1, (-1, self.d_out))
@@ -123,12 +146,14 @@ class CrossLayerTranscoder(nn.Module):
             else:
                 total = torch.cat([total[..., :i, :], total[..., i:, :] + wrote], dim=-2)
         assert total is not None
-        return total
+        if self.W_skip is None or x is None:
+            return total
+        return total + torch.einsum("...ld,ldo->...lo", x, self.W_skip)
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs (..., n_layers, d_out) of rows (..., n_layers, d_in)."""
         rows = x.reshape(-1, *x.shape[-2:])
-        return self.decode(self.codes(rows)).reshape(*x.shape[:-1], self.d_out)
+        return self.decode(self.codes(rows), rows).reshape(*x.shape[:-1], self.d_out)
 
     def _require_rows(self, x: Tensor) -> None:
         if x.shape[-2:] != (self.n_layers, self.d_in):
@@ -147,6 +172,8 @@ class CrossLayerTranscoder(nn.Module):
             layer.encoder.mul_(scale_in[i])
             layer.decoder.div_(scale_out[i:].repeat_interleave(self.d_out))
         self.b_dec.div_(scale_out[:, None])
+        if self.W_skip is not None:
+            self.W_skip.mul_((scale_in / scale_out)[:, None, None])
         return self
 
     def config(self) -> dict[str, Any]:
@@ -157,6 +184,7 @@ class CrossLayerTranscoder(nn.Module):
             "d_sae": self.d_sae,
             "d_out": self.d_out,
             "nonlinearity": self.shape,
+            "skip": self.W_skip is not None,
         }
 
     def save(self, directory: str | Path) -> None:

@@ -331,7 +331,7 @@ def _run(coder: Coder, x: Tensor) -> tuple[list[SparseCode], Tensor]:
     if isinstance(coder, CrossLayerTranscoder):
         codes = coder.codes(x)
         sparse = [c if isinstance(c, SparseCode) else SparseCode.of(c) for c in codes]
-        return sparse, coder.decode(sparse)
+        return sparse, coder.decode(sparse, x)
     code = coder.code(x)
     return [code], coder.decode(code, x)
 

@@ -132,12 +132,14 @@ class _CrossLayers:
         def make(read: Tensor, h: Tensor) -> Tensor:
             if self.error and self.change is None:
                 return h
-            own = self.coder.coders[layer]
-            code = own.encode(read.to(own.device, own.dtype))
+            own, around = self.coder.coders[layer], self.coder.W_skip
+            rows = read.to(own.device, own.dtype)
+            code = own.encode(rows)
             altered = code if self.change is None else self.change(code)
             made = self.written = self._added(self.written, layer, altered)
             if not self.error:
-                return made[..., layer, :]
+                wrote = made[..., layer, :]
+                return wrote if around is None else wrote + rows @ around[layer]
             plain = self.unchanged = self._added(self.unchanged, layer, code)
             return h.to(made) + (made - plain)[..., layer, :]
 

@@ -213,6 +213,19 @@ class TestCrossLayerTranscoder:
         np.testing.assert_allclose(clt(x).detach().numpy(), expected, rtol=1e-4, atol=1e-4)
         assert torch.allclose(clt.decode(clt.encode(x)), clt(x), atol=1e-5)
 
+    def test_a_skip_goes_from_each_layer_to_itself(self):
+        clt = stirred(CrossLayerTranscoder(3, 4, 9, 5, {"name": "relu"}, skip=True))
+        x = rows(10, 3, 4)
+        plain = CrossLayerTranscoder(3, 4, 9, 5, {"name": "relu"})
+        weights = {n: w for n, w in clt.state_dict().items() if n != "W_skip"}
+        plain.load_state_dict(weights)
+        for i in range(3):
+            expected = plain(x)[:, i] + x[:, i] @ clt.W_skip[i]
+            torch.testing.assert_close(clt(x)[:, i], expected)
+        torch.testing.assert_close(clt.decode(clt.encode(x), x), clt(x))
+        with pytest.raises(ValueError, match="give the rows as x"):
+            clt.decode(clt.encode(x))
+
     def test_no_layer_writes_before_itself(self):
         clt = CrossLayerTranscoder(3, 4, 9, nonlinearity={"name": "topk", "k": 2}, random_state=0)
         x = rows(10, 3, 4)
@@ -221,8 +234,9 @@ class TestCrossLayerTranscoder:
         same = (clt(x) == clt(moved)).all(dim=2).all(dim=0)
         assert same.tolist() == [True, False, False]
 
-    def test_folded_scales_and_disk(self, tmp_path):
-        clt = stirred(CrossLayerTranscoder(3, 4, 9, nonlinearity={"name": "relu"}, random_state=0))
+    @pytest.mark.parametrize("skip", [False, True])
+    def test_folded_scales_and_disk(self, tmp_path, skip):
+        clt = stirred(CrossLayerTranscoder(3, 4, 9, None, {"name": "relu"}, skip=skip))
         for coder in clt.coders:
             torch.nn.init.zeros_(coder.b_dec)
         x, first, last = rows(10, 3, 4), torch.tensor([2.0, 3, 4]), torch.tensor([0.5, 5, 7])

@@ -121,12 +121,15 @@ def clt_files(directory, n_layers=3, **extra):
         decoder[:, :i] = 0
         w = {**lower(weights(seed=10 * i)), "w_dec": decoder, "threshold": draw(H, seed=i).abs()}
         layers.append(w)
-        foreign.write_safetensors(directory / f"params_layer_{i}.safetensors", {**w, **extra})
+        w |= {name: value + i for name, value in extra.items()}
+        foreign.write_safetensors(directory / f"params_layer_{i}.safetensors", w)
     return layers
 
 
-def test_gemma_scope_2_cross_layer_transcoder(tmp_path):
-    layers, x = clt_files(tmp_path), draw(40, 3, D, seed=5)
+@pytest.mark.parametrize("skip", [False, True])
+def test_gemma_scope_2_cross_layer_transcoder(tmp_path, skip):
+    around = {"affine_skip_connection": draw(D, D, seed=6)} if skip else {}
+    layers, x = clt_files(tmp_path, **around), draw(40, 3, D, seed=5)
     foreign.write_json(tmp_path / "config.json", HOOKS)
     coder = load(tmp_path)
     f = np.stack(
@@ -137,14 +140,20 @@ def test_gemma_scope_2_cross_layer_transcoder(tmp_path):
         axis=1,
     )
     out = np.einsum("nih,ihld->nld", f, np.stack([array(w["w_dec"]) for w in layers]))
-    foreign.agree(coder, x, f, out + np.stack([array(w["b_dec"]) for w in layers]))
+    out += np.stack([array(w["b_dec"]) for w in layers])
+    if skip:
+        linear = np.stack([array(w["affine_skip_connection"]) for w in layers])
+        out += np.einsum("nid,ido->nio", array(x), linear)
+    foreign.agree(coder, x, f, out)
     assert isinstance(coder, CrossLayerTranscoder)
     assert coder.origin["site_in"][2] == "model.layers.2.pre_feedforward_layernorm"
 
 
 def test_what_a_cross_layer_transcoder_of_gemma_scope_2_may_not_hold(tmp_path):
-    clt_files(tmp_path / "skip", affine_skip_connection=torch.ones(D, D))
-    with pytest.raises(DictionaryFormatError, match="affine_skip_connection, a linear way around"):
+    layers = clt_files(tmp_path / "skip", affine_skip_connection=torch.ones(D, D))
+    del layers[1]["affine_skip_connection"]
+    foreign.write_safetensors(tmp_path / "skip" / "params_layer_1.safetensors", layers[1])
+    with pytest.raises(DictionaryFormatError, match="2 of the 3 hold affine_skip"):
         load(tmp_path / "skip")
     clt_files(tmp_path / "gap")
     (tmp_path / "gap" / "params_layer_1.safetensors").unlink()

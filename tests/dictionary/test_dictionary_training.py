@@ -123,6 +123,21 @@ def test_a_cross_layer_transcoder_learns_to_write_ahead():
     assert history.of()[-1].l0 <= 2
 
 
+def test_the_skip_of_a_cross_layer_transcoder_learns_what_is_linear():
+    first, second = codes(12, 1.0, 1), codes(12, 1.0, 2)
+    w = [directions(12, 16, 10 + i) for i in range(4)]
+    x = torch.stack([first @ w[0], second @ w[1]], dim=1)
+    turned = torch.stack([x[:, 0] @ w[2][:, :16].T @ w[2], x[:, 1] @ w[3].T @ w[3]], dim=1)
+    both = [
+        CrossLayerTranscoder(2, 16, 8, None, {"name": "topk", "k": 1}, skip=s, random_state=0)
+        for s in (False, True)
+    ]
+    for coder in both:
+        train_dictionaries(coder, {"clt": (x, turned)}, QUICK)
+    without, around = (unexplained(coder, x, turned) for coder in both)
+    assert around < 0.1 < without
+
+
 @pytest.mark.slow
 def test_jumprelu_cross_layer_transcoders_train_with_the_soft_count():
     first, second = codes(12, 1.0, 1), codes(12, 1.0, 2)

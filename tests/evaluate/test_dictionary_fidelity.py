@@ -170,7 +170,8 @@ def test_a_crosscoder_is_judged_stream_by_stream():
 
 @pytest.mark.parametrize("shape", [{"name": "topk", "k": 3}, {"name": "relu"}])
 def test_a_cross_layer_transcoder_is_judged_layer_by_layer(shape):
-    coder = CrossLayerTranscoder(3, 6, 20, 4, shape, random_state=0)
+    coder = CrossLayerTranscoder(3, 6, 20, 4, shape, skip=True, random_state=0)
+    torch.nn.init.normal_(coder.W_skip, generator=torch.Generator().manual_seed(0))
     rows, targets = draw(40, 3, 6), draw(40, 3, 4, seed=1)
     found = dictionary_fidelity(coder, rows, targets)
     made = coder(rows).detach().double().numpy()

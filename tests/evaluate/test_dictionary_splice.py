@@ -127,12 +127,15 @@ def test_each_dictionary_reads_what_those_before_it_made(llama):
     torch.testing.assert_close(run(llama), made, rtol=1e-4, atol=1e-4)
 
 
-def test_a_cross_layer_transcoder_stands_at_all_mlps(llama):
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_cross_layer_transcoder_stands_at_all_mlps(llama, skip):
     """Against the model whose MLPs are written out by hand."""
     coder = CrossLayerTranscoder(
-        3, WIDTH, 40, nonlinearity={"name": "topk", "k": 6}, random_state=1
+        3, WIDTH, 40, nonlinearity={"name": "topk", "k": 6}, skip=skip, random_state=1
     )
     with torch.no_grad():
+        if skip:
+            coder.W_skip.normal_(generator=torch.Generator().manual_seed(3)).mul_(0.3)
         coder.b_dec.normal_(generator=torch.Generator().manual_seed(2))
     reads = [f"layers.{i}.mlp.input" for i in range(3)]
     writes = [f"layers.{i}.mlp" for i in range(3)]
@@ -152,7 +155,7 @@ def test_a_cross_layer_transcoder_stands_at_all_mlps(llama):
             out = coder.b_dec[self.layer]
             for i, code in enumerate(codes):
                 out = out + code @ coder.W_dec[i][:, self.layer - i]
-            return out
+            return out + x @ coder.W_skip[self.layer] if skip else out
 
     with spliced(llama, {"+".join(reads) + "->" + "+".join(writes): coder}, error=True):
         original = run(llama)

@@ -110,8 +110,8 @@ def _read_cross_layer(source: Source, _: Which) -> CrossLayerTranscoder:
         path, tensors = source.at(name), source.safetensors(name)
         if f"W_skip_{i}" in tensors:
             raise DictionaryFormatError(
-                f"{path} holds W_skip_{i}, a linear way around, which a CrossLayerTranscoder has "
-                "not."
+                f"{path} holds W_skip_{i}: no definition says which way it is turned, and "
+                "circuit-tracer does not read it."
             )
         encoder, b_enc, b_dec = named(path, tensors, f"W_enc_{i}", f"b_enc_{i}", f"b_dec_{i}")
         wrote = source.at(f"W_dec_{i}.safetensors")

@@ -76,13 +76,11 @@ def _across(source: Source, config: dict[str, Any]) -> CrossLayerTranscoder:
             "needs all from 0 on. Fetch the missing ones."
         )
     own: dict[str, torch.Tensor] = {}
-    biases, n_layers, shapes = [], len(found), set()
+    biases, skips, n_layers, shapes = [], [], len(found), set()
     for i, name in found.items():
         path, tensors = source.at(name), source.safetensors(name)
-        if _SKIP in tensors and tensors[_SKIP].any():
-            raise DictionaryFormatError(
-                f"{path} holds {_SKIP}, a linear way around, which a CrossLayerTranscoder has not."
-            )
+        if _SKIP in tensors:
+            skips.append(tensors[_SKIP])
         encoder, decoder, b_enc, b_dec, threshold = named(path, tensors, *_NAMES)
         d_in, d_sae = width(path, "w_enc", encoder)
         _, wrote, d_out = width(path, "w_dec", decoder, 3)
@@ -98,14 +96,21 @@ def _across(source: Source, config: dict[str, Any]) -> CrossLayerTranscoder:
         own[f"layers.{i}.b_enc"] = b_enc
         own[f"layers.{i}.b_dec"] = torch.zeros(d_out * (n_layers - i), dtype=b_dec.dtype)
         own[f"layers.{i}.nonlinearity.threshold"] = threshold.clamp(min=0)
-    if len(shapes) != 1:
-        raise DictionaryFormatError(f"{source}: the layers have the shapes {sorted(shapes)}.")
+    if len(shapes) != 1 or len(skips) not in (0, n_layers):
+        raise DictionaryFormatError(
+            f"{source}: the layers have the shapes {sorted(shapes)}, and {len(skips)} of the "
+            f"{n_layers} hold {_SKIP}; all must be alike."
+        )
     d_in, d_sae, d_out = shapes.pop()
+    if skips:
+        own["W_skip"] = torch.stack(skips)
     own["b_dec"] = torch.stack(biases)
     rule = {"name": "jumprelu"}
-    coder = assembled(
-        source.path, lambda: CrossLayerTranscoder(n_layers, d_in, d_sae, d_out, rule), own
-    )
+
+    def make() -> CrossLayerTranscoder:
+        return CrossLayerTranscoder(n_layers, d_in, d_sae, d_out, rule, skip=bool(skips))
+
+    coder = assembled(source.path, make, own)
     where = {
         name: _every_layer(config.get(hook), n_layers)
         for name, hook in (("site_in", "hf_hook_point_in"), ("site_out", "hf_hook_point_out"))
