@@ -24,6 +24,7 @@ from unlearning import Settings, attacked, figures, mean, put_into_page, relearn
 
 from manifold_unlearn.activations.capture import capture
 from manifold_unlearn.activations.corpus import Item
+from manifold_unlearn.attack.suite import AttackResults, attack_gaps, run_attacks
 from manifold_unlearn.dictionary import (
     Crosscoder,
     DecoderSpanEraser,
@@ -62,6 +63,8 @@ class Config:
     """Of training a dictionary, 1024 rows each."""
     crosscoder_steps: int = 500
     attacked: tuple[str, ...] = ("baked", "suppressed, closed form", "suppressed, tuned")
+    asked: tuple[str, ...] = ()
+    """Methods attacked through prompts and inputs alone, their hooks in place."""
     diffed: tuple[str, ...] = ("baked", "suppressed, tuned")
     diff_site: str = "layers.2"
     n_retain: int = 48
@@ -77,7 +80,12 @@ PRESETS = {
     "quick": Config(),
     "seed_1": Config(seed=1, attacked=(), chosen_by="quick"),
     "seed_2": Config(seed=2, attacked=(), chosen_by="quick"),
-}
+    "asked": Config(
+        attacked=(), diffed=(), chosen_by="quick",
+        asked=("told", "baked", "clamped", "clamped below zero", "guarded", "decoder span",
+               "suppressed, closed form", "suppressed, tuned"),
+    ),
+}  # fmt: skip
 
 SETTINGS: dict[str, tuple[Settings, ...]] = {
     "clamped": (
@@ -107,6 +115,13 @@ SETTINGS: dict[str, tuple[Settings, ...]] = {
 }  # fmt: skip
 """Four settings of each method. A latent fires in at least .2 % of the forget tokens, for few
 latents speak of more than one of the people."""
+
+ASKED = {
+    "prefill": "first words of the answer given", "few_shot": "few shots",
+    "paraphrase": "other wordings", "framing": "framings", "sample": "8 samples",
+    "soft_prompt": "soft prompt", "latent": "latent", "gcg": "GCG",
+}  # fmt: skip
+"""Attacks that touch no weights, and their names on the page."""
 
 Rows = dict[str, Tensor]
 
@@ -257,6 +272,25 @@ def tested(
         yield row, subject
 
 
+def asked(given: Given, subjects: dict[str, Any], config: Config) -> Iterator[dict[str, Any]]:
+    """What prompts and inputs get out of each method over what they get out of never told."""
+    bed = given.bed
+
+    def run(subject: Any) -> AttackResults:
+        with subject() as model:
+            return run_attacks(
+                model, bed.tokenizer, bed.world.forget, bed.world.retain[:100], ending="\nAnswer:",
+                only=tuple(ASKED), random_state=config.seed,
+            )  # fmt: skip
+
+    reference = run(subjects["never told"])
+    for method in config.asked:
+        gaps = {gap.attack: asdict(gap) for gap in attack_gaps(run(subjects[method]), reference)}
+        row = {"stage": "asked", "seed": config.seed, "method": method, "gaps": gaps}
+        print(method, {name: round(gap["gap"], 3) for name, gap in gaps.items()}, flush=True)
+        yield row
+
+
 def residual(given: Given, method: str, subject: Any, config: Config) -> dict[str, Any]:
     """What of the forgotten people a crosscoder over three models finds in the unlearned one."""
     bed, site = given.bed, config.diff_site
@@ -315,6 +349,9 @@ def run(config: Config, preset: str) -> Iterator[dict[str, Any]]:
         rows.append(row)
         subjects[row["method"]] = subject
     yield result()
+    for row in asked(given, subjects, config) if config.asked else ():
+        rows.append(row)
+        yield result()
     for method in config.diffed:
         rows.append(residual(given, method, subjects[method], config))
         print(rows[-1], flush=True)
@@ -368,7 +405,13 @@ COLUMNS = {
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown of every method that was tested."""
+    """Markdown of every method that was tested, or of the attacks through prompts."""
+    if gaps := {row["method"]: row["gaps"] for row in rows if row["stage"] == "asked"}:
+        lines = [f"| attack | {' | '.join(gaps)} |", "|---" * (len(gaps) + 1) + "|"]
+        for attack, name in ASKED.items():
+            cells = [f"{of[attack]['gap']:+.2f}" for of in gaps.values()]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        return "\n".join(lines)
     shares = {r["method"]: r["share"]["value"] for r in rows if "share" in r}
     heads = " | ".join(head for head, _ in COLUMNS.values())
     lines = [f"| method | {heads} |", "|---" * (len(COLUMNS) + 1) + "|"]

@@ -151,7 +151,10 @@ def checked_latents(latents: Any, n_latents: int) -> Tensor:
         None, not whole numbers, one that the dictionary does not have, or one named twice.
     """
     given = latents if isinstance(latents, Tensor | np.ndarray | Sequence) else list(latents)
-    found = torch.as_tensor(given)
+    try:
+        found = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"latents={latents!r} is not a list of whole numbers.") from None
     if found.ndim != 1 or len(found) == 0 or found.is_floating_point() or found.is_complex():
         raise ValueError(
             f"latents of shape {tuple(found.shape)} and dtype {found.dtype} must be a list of at "

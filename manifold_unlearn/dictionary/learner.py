@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from manifold_unlearn.arrays import generator
+from manifold_unlearn.arrays import generator, require_finite
 from manifold_unlearn.dictionary.criterion import Criterion, Dictionary, Judged
 from manifold_unlearn.dictionary.cross_layer import CrossLayerTranscoder
 from manifold_unlearn.dictionary.crosscoder import Crosscoder
@@ -58,11 +58,14 @@ class Learner:
         k = getattr(self.encoders[0].nonlinearity, "k", None)
         self.k = k if isinstance(k, int) else None
         if config.k_start is not None and self.k is None:
-            raise ValueError(
-                f"k_start={config.k_start}: dictionary {name!r} has no k to come down to."
-            )
+            raise ValueError(f"k_start={config.k_start}: {self.called} has no k to come down to.")
         alone = not isinstance(coder, Crosscoder | CrossLayerTranscoder)
         self.unit_norm = alone if config.unit_norm is None else config.unit_norm
+
+    @property
+    def called(self) -> str:
+        """As errors say."""
+        return f"dictionary {self.name!r}" if self.name else "the dictionary"
 
     @property
     def dead(self) -> Tensor:
@@ -85,12 +88,18 @@ class Learner:
         Fresh is one whose ``b_dec`` is 0. ``b_dec`` becomes the center of what is to be written,
         ``b_enc`` what takes the center of the rows off where the dictionary does not subtract it.
         A dictionary that normalizes each row is left as it is.
+
+        Raises
+        ------
+        ValueError
+            Rows that are not finite, or all alike; nothing has been changed.
         """
+        pairs = [self.arrays(given) for given in first]
+        x, y = (torch.cat([pair[i] for pair in pairs]) for i in (0, 1))
+        self._check(x, y)
         if self.unit_norm:
             self._to_unit_norm()
         if all(encoder.normalization == "none" for encoder in self.encoders):
-            pairs = [self.arrays(given) for given in first]
-            x, y = (torch.cat([pair[i] for pair in pairs]) for i in (0, 1))
             paired = any(isinstance(given, tuple) for given in first)
             into = self._center(x)
             out = self._center(y) if paired else into
@@ -108,6 +117,15 @@ class Learner:
                     self._fit_encoder(x, y)
         self.together.broadcast([p.data for p in self.coder.parameters()])
         self.together.broadcast(self.coder.buffers())
+
+    def _check(self, x: Tensor, y: Tensor) -> None:
+        for what, rows in (("reads", x), ("writes", y)):
+            require_finite(rows.flatten(1), f"what {self.called} {what}")
+        if bool((y == y[:1]).all()):
+            raise ValueError(
+                f"the {len(y)} first rows that {self.called} is to write are all alike; "
+                "give rows that differ."
+            )
 
     def _turn_to_rows(self, x: Tensor, y: Tensor) -> None:
         """Turn latents toward rows, each to another as far as there are, and keep their lengths."""
@@ -180,7 +198,7 @@ class Learner:
         norm = torch.nn.utils.get_total_norm(gradients)
         if not bool(torch.isfinite(norm + self.together.mean(judged.loss.detach()))):
             raise FloatingPointError(
-                f"dictionary {self.name!r}, step {step}: the loss is {float(judged.loss):g}, its "
+                f"{self.called}, step {step}: the loss is {judged.loss.item():g}, its "
                 f"gradient's norm {float(norm):g}. The weights are those before this step. Lower "
                 "lr, or remove rows that are not finite."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -328,8 +329,8 @@ class Gated(Nonlinearity):
         return (pre + self.gate_bias).relu()
 
 
-def make_nonlinearity(config: Mapping[str, Any], d_sae: int) -> Nonlinearity:
-    """Nonlinearity of a configuration such as ``{"name": "topk", "k": 32}``.
+def make_nonlinearity(config: Mapping[str, Any] | str, d_sae: int) -> Nonlinearity:
+    """Nonlinearity of a configuration such as ``{"name": "topk", "k": 32}``, or of a name alone.
 
     Raises
     ------
@@ -338,6 +339,7 @@ def make_nonlinearity(config: Mapping[str, Any], d_sae: int) -> Nonlinearity:
     """
     from manifold_unlearn.dictionary.partitioned import PartitionedBatchTopK
 
+    config = {"name": config} if isinstance(config, str) else config
     given = {key: value for key, value in config.items() if key != "name"}
     kinds: dict[str, Any] = {
         kind.name: kind
@@ -355,10 +357,18 @@ def make_nonlinearity(config: Mapping[str, Any], d_sae: int) -> Nonlinearity:
     kind = kinds.get(config.get("name", ""))
     if kind is None:
         raise ValueError(f"nonlinearity {config.get('name')!r} is not one of {', '.join(kinds)}.")
-    if kind in (JumpReLU, Gated):
+    listed = inspect.signature(kind).parameters.values()
+    known = {p.name: p for p in listed if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    sized = known.pop("d_sae", None) is not None
+    needed = {p.name for p in known.values() if p.default is p.empty}
+    if not needed <= given.keys() <= known.keys():
+        optional = sorted(known.keys() - needed)
+        raise ValueError(
+            f"nonlinearity {kind.name} takes {', '.join(sorted(needed)) or 'nothing'}"
+            f"{', and may take ' + ', '.join(optional) if optional else ''}; got "
+            f"{', '.join(sorted(given)) or 'nothing'}."
+        )
+    if sized:
         given["d_sae"] = d_sae
-    try:
-        made: Nonlinearity = kind(**given)
-    except TypeError as error:
-        raise ValueError(f"{config['name']}: {error}.") from error
+    made: Nonlinearity = kind(**given)
     return made

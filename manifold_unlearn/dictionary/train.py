@@ -12,6 +12,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -30,7 +32,7 @@ KIND = "DictionaryTraining"
 
 def train_dictionaries(
     coders: Dictionary | Mapping[str, Dictionary],
-    batches: Tensor | Activations | Mapping[str, Rows] | RowStream | Iterable[Batch],
+    batches: Tensor | np.ndarray | Activations | Mapping[str, Rows] | RowStream | Iterable[Batch],
     config: DictionaryTraining | None = None,
     *,
     checkpoint: str | Path | None = None,
@@ -47,7 +49,7 @@ def train_dictionaries(
     ----------
     coders : dictionary, or mapping of str to dictionary
         On the device to train on. Named as the batches are.
-    batches : Tensor, Activations, mapping, RowStream or iterable of dict
+    batches : Tensor, array, Activations, mapping, RowStream or iterable of dict
         Rows in memory, or anything that can be iterated again and again: of dictionaries by name,
         rows or ``(rows in, rows out)``. Only a :class:`RowStream` is resumed at its place without
         reading what was read before.
@@ -68,7 +70,7 @@ def train_dictionaries(
     ------
     ValueError
         Names of dictionaries and batches that do not fit, objectives that do not fit a
-        dictionary, a checkpoint of another training.
+        dictionary, a checkpoint of another training, first rows that are not finite or all alike.
     FloatingPointError
         A loss is not finite: names step and dictionary; the weights are the last good ones,
         those of training (not folded).
@@ -257,6 +259,8 @@ class _Again:
 
 
 def _stream(batches: Any, config: DictionaryTraining) -> Any:
+    if isinstance(batches, np.ndarray):
+        batches = torch.as_tensor(batches)
     if isinstance(batches, Tensor | Activations | Mapping):
         return stream_rows(batches, batch_size=config.batch_size, random_state=config.random_state)
     return batches if hasattr(batches, "walk") else _Again(batches)

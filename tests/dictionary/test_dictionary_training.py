@@ -307,3 +307,26 @@ def test_tokens_become_steps(planted):
     sae = SparseAutoencoder(D, 48, random_state=0)
     history = train_dictionaries(sae, planted[0], DictionaryTraining(n_tokens=1000, batch_size=300))
     assert (history.n_steps, history.n_tokens) == (4, 1200)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (torch.full((50, D), float("nan")), "what the dictionary reads contains NaN"),
+        (torch.ones(50, D), "rows that the dictionary is to write are all alike"),
+    ],
+)
+def test_first_rows_that_teach_nothing_leave_the_dictionary_as_it_was(rows, message):
+    coder = SparseAutoencoder(D, 48, {"name": "topk", "k": 2}, random_state=0)
+    before = {name: value.clone() for name, value in coder.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        train_dictionaries(coder, rows, QUICK)
+    assert all(torch.equal(value, before[name]) for name, value in coder.state_dict().items())
+
+
+def test_arrays_are_rows_too(planted):
+    coders = [SparseAutoencoder(D, 48, {"name": "topk", "k": 2}, random_state=0) for _ in range(2)]
+    config = dataclasses.replace(QUICK, n_steps=5)
+    for coder, rows in zip(coders, (planted[0], planted[0].numpy()), strict=True):
+        train_dictionaries(coder, rows, config)
+    assert torch.equal(coders[0].encoder, coders[1].encoder)

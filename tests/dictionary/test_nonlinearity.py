@@ -111,8 +111,9 @@ def test_a_configuration_makes_the_same_again(name):
     [
         ({"name": "softmax"}, "nonlinearity 'softmax' is not one of relu, topk"),
         ({}, "nonlinearity None is not one of"),
-        ({"name": "topk"}, "topk: .*k"),
-        ({"name": "relu", "k": 3}, "relu: .*k"),
+        ({"name": "topk"}, "topk takes k; got nothing"),
+        ("topk", "topk takes k; got nothing"),
+        ({"name": "relu", "k": 3}, "relu takes nothing; got k"),
         ({"name": "topk", "k": 0}, "k=0 must be at least 1"),
         ({"name": "batch_topk", "k": 0}, "k=0 must be at least 1"),
         ({"name": "groupmax", "k": 0}, "k=0 must be at least 1"),
@@ -134,3 +135,8 @@ def test_the_largest_are_found_in_two_rounds_as_in_one(d):
     values = torch.randn(50, d, generator=torch.Generator().manual_seed(0))
     expected = np.sort(np.argsort(-values.numpy(), axis=1)[:, :20], axis=1)
     np.testing.assert_array_equal(largest(values, 20).sort(1).values.numpy(), expected)
+
+
+def test_a_name_alone_is_enough_where_nothing_is_needed():
+    assert make_nonlinearity("relu", 4).config() == {"name": "relu"}
+    assert make_nonlinearity("jumprelu", 4).threshold.shape == (4,)
