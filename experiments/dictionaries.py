@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from cli_from_dataclass import RESULTS, parse, write
 
 from manifold_unlearn.activations.models import load_model, resolve_device
 from manifold_unlearn.activations.sites import find_decoder
 from manifold_unlearn.dictionary import SparseAutoencoder, save
 from manifold_unlearn.dictionary.cards import feature_cards
-from manifold_unlearn.dictionary.coding import select_rows
+from manifold_unlearn.dictionary.coding import select_latents, select_rows
 from manifold_unlearn.dictionary.contexts import find_contexts
 from manifold_unlearn.dictionary.corpus import corpus_codes
 from manifold_unlearn.dictionary.effects import logit_effects
@@ -232,19 +233,24 @@ def page_of(
     coder = [c for name, c in coders.items() if name.endswith(f" {k}")][-1]
     site = coder.origin["site"]
     forget, retain = sides(config)
-    codes = [corpus_codes(model, tokenizer, side, coder, site) for side in (forget, retain)]
-    counted = [latent_statistics(select_rows(c.code, c.counted)) for c in codes]
+    others = [text for text in dict.fromkeys(texts) if text not in {*forget, *retain}]
+    shown = [*forget, *retain, *others[: len(retain)]]
+    topics = ["forget"] * len(forget) + ["retain"] * len(retain)
+    topics += ["other"] * (len(shown) - len(topics))
+    corpus = corpus_codes(model, tokenizer, shown, coder, site)
+    of = np.array(topics)[corpus.tokens.text_index]
+    counted = [
+        latent_statistics(select_rows(corpus.code, corpus.counted & torch.from_numpy(of == side)))
+        for side in ("forget", "retain")
+    ]
     importance = latent_importance(*counted, coder.W_dec)
     chosen = np.argsort(-importance.z)[: config.n_shown].tolist()
     importance_scatter(
         importance.forget.frequency, importance.retain.frequency, chosen=chosen[:12]
     ).savefig(str(where).format("importance.png"), dpi=150)
-    corpus = [*forget, *retain, *texts[: len(retain)]]
-    topics = ["forget"] * len(forget) + ["retain"] * len(retain)
-    topics += ["other"] * (len(corpus) - len(topics))
-    contexts = find_contexts(model, tokenizer, corpus, coder, site, latents=chosen)
+    contexts = find_contexts(model, tokenizer, shown, coder, site, latents=chosen)
     effects = logit_effects(model, tokenizer, coder, latents=chosen)
-    fired = corpus_codes(model, tokenizer, corpus, coder, site, latents=chosen)
+    fired = corpus._replace(code=select_latents(corpus.code, chosen))
     labels = label_latents(fired, tokenizer, latents=chosen, topics=topics)
     cards = feature_cards(
         contexts, effects=effects, labels=labels, decoder=coder.W_dec,

@@ -136,8 +136,8 @@ def dictionary_unlearning(
     """Clamp latents of the forget texts in every setting, and ask what the model still knows.
 
     Latents are chosen by :func:`forget_latents`, and set to ``-multiplier`` where they fire, on all
-    tokens but special ones; the error of reconstruction is kept. Only questions that the model
-    answers right in every order asked count.
+    tokens but the first and special ones; the error of reconstruction is kept. Only questions that
+    the model answers right in every order asked count.
 
     Parameters
     ----------
@@ -204,8 +204,9 @@ def dictionary_unlearning(
             if len(latents):
                 clamp = FeatureClamp(coder, latents.tolist(), -float(multiplier))
                 subject = partial(
-                    edited_but, model, {site: clamp}, leave_tokens=tokenizer.all_special_ids
-                )
+                    edited_but, model, {site: clamp},
+                    leave_tokens=tokenizer.all_special_ids, leave_first=True,
+                )  # fmt: skip
             forget, retain = (
                 Metric(name, ask(subject, questions=asked).credit.mean(axis=1))
                 for name, asked in zip(("forget", "retain"), known, strict=True)

@@ -25,7 +25,7 @@ from manifold_unlearn.intervene.sequence import ForwardPass
 STREAM = "stream"
 """Name that stands for all writers of the residual stream together."""
 
-EditedTokens: TypeAlias = "Literal['all', 'last', 'prompt', 'generated'] | Tensor"
+EditedTokens: TypeAlias = "Literal['all', 'but_first', 'last', 'prompt', 'generated'] | Tensor"
 
 _keys = count()
 
@@ -138,10 +138,12 @@ def intervene(
         what a sequence has shown so far is kept with its keys and values in the KV cache, so that
         cached, padded, beam and assisted generation edit what one pass over the text edits; the
         first token of a sequence and padding neither count nor are edited.
-    tokens : {"all", "last", "prompt", "generated"} or bool Tensor (batch, length), default="all"
-        Rows to edit: all; the last of each sequence in each pass; those of the first pass
-        (prefill); those of later passes (decoding with a KV cache); or those of a mask aligned
-        with the first pass (nothing generated is edited then). Padding does not matter.
+    tokens : {"all", "but_first", "last", "prompt", "generated"} or bool Tensor, default="all"
+        Rows to edit: all; all but the first of each sequence, which in many models is the
+        attention sink and tells nothing; the last of each sequence in each pass; those of the first
+        pass (prefill); those of later passes (decoding with a KV cache); or those of a mask (batch,
+        length) aligned with the first pass (nothing generated is edited then). Padding does not
+        matter.
 
     Yields
     ------
@@ -265,15 +267,18 @@ def expand_stream(model: nn.Module, site_maps: Mapping[str, AnyMap]) -> dict[str
 
 def _gate(tokens: EditedTokens, running: ForwardPass) -> Callable[[Tensor], Tensor]:
     """Build the function that says, for the hidden states of a pass, which rows to edit."""
-    if isinstance(tokens, str) and tokens not in ("last", "prompt", "generated"):
+    if isinstance(tokens, str) and tokens not in ("but_first", "last", "prompt", "generated"):
         raise ValueError(
-            f"tokens={tokens!r} is not 'all', 'last', 'prompt', 'generated' or a boolean mask."
+            f"tokens={tokens!r} is not 'all', 'but_first', 'last', 'prompt', 'generated' or a "
+            "boolean mask."
         )
 
     def gate(hidden: Tensor) -> Tensor:
         batch, length = hidden.shape[0], hidden.shape[1]
         if isinstance(tokens, Tensor):
             chosen = _mask_rows(tokens, int(running.past), batch, length).to(hidden.device)
+        elif tokens == "but_first":
+            chosen = ~running.present(hidden)[1]
         elif tokens == "last":
             present, _ = running.present(hidden)
             at = torch.arange(length, device=hidden.device)

@@ -17,6 +17,7 @@ _SHOWN = 5  # contexts in sight, the others are folded
 _FEATURE_STYLE = """
 main { max-width: 76rem; }
 .index td:nth-child(2) { overflow-wrap: anywhere; min-width: 14rem; }
+.index td a { color: inherit; }
 .index tbody tr:nth-child(odd) { background: var(--band); }
 article { border-top: 2px solid var(--rule); padding: .5rem 0 1.5rem; content-visibility: auto;
   contain-intrinsic-size: auto 40rem; }

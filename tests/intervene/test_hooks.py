@@ -213,7 +213,7 @@ def test_generation_is_the_same_with_and_without_a_cache(model, tokenizer):
     assert not torch.equal(cached, free)
 
 
-@pytest.mark.parametrize("tokens", ["all", "last", "prompt", "generated"])
+@pytest.mark.parametrize("tokens", ["all", "but_first", "last", "prompt", "generated"])
 def test_left_padding_generates_what_no_padding_does(model, tokenizer, tokens):
     ids, mask = padded(tokenizer, TEXTS[:3], "left")
     with intervene(model, {"layers.1": low_rank()}, tokens=tokens):
@@ -251,6 +251,7 @@ def test_tokens_choose_the_rows_of_each_pass(model, tokenizer):
     n = ids_of(tokenizer).shape[1]
     ones, zeros = [1] * n, [0] * n
     assert rows_edited(model, tokenizer, "all") == [ones, [1], [1]]
+    assert rows_edited(model, tokenizer, "but_first") == [[0, *ones[1:]], [1], [1]]
     assert rows_edited(model, tokenizer, "last") == [[0] * (n - 1) + [1], [1], [1]]
     assert rows_edited(model, tokenizer, "prompt") == [ones, [0], [0]]
     assert rows_edited(model, tokenizer, "generated") == [zeros, [1], [1]]
@@ -371,7 +372,7 @@ def test_a_map_that_changes_the_shape_is_refused(llama, tokenizer):
 
 
 def test_unknown_tokens_are_refused_and_no_hook_is_set(llama):
-    with pytest.raises(ValueError, match="tokens='first' is not 'all', 'last'"):
+    with pytest.raises(ValueError, match="tokens='first' is not 'all', 'but_first'"):
         intervene(llama, {"layers.1": low_rank()}, tokens="first").__enter__()
     assert hooks(llama) == 0
 
