@@ -60,7 +60,9 @@ class Learner:
         if config.k_start is not None and self.k is None:
             raise ValueError(f"k_start={config.k_start}: {self.called} has no k to come down to.")
         alone = not isinstance(coder, Crosscoder | CrossLayerTranscoder)
-        self.unit_norm = alone if config.unit_norm is None else config.unit_norm
+        self.fresh = not bool(coder.b_dec.any())
+        kept = alone and (self.fresh or (not config.normalize and self._of_unit_norm()))
+        self.unit_norm = kept if config.unit_norm is None else config.unit_norm
 
     @property
     def called(self) -> str:
@@ -87,7 +89,8 @@ class Learner:
 
         Fresh is one whose ``b_dec`` is 0. ``b_dec`` becomes the center of what is to be written,
         ``b_enc`` what takes the center of the rows off where the dictionary does not subtract it.
-        A dictionary that normalizes each row is left as it is.
+        A dictionary that normalizes each row is left as it is; one that is not fresh becomes the
+        same dictionary of the scaled rows.
 
         Raises
         ------
@@ -108,7 +111,9 @@ class Learner:
                 self.scale_out = self.scale_in
                 if paired:
                     self.scale_out = self.together.mean(_to_root_width(y - out))
-            if self.config.center != "keep" and not bool(self.coder.b_dec.any()):
+            if not self.fresh:
+                self._fold(1 / self.scale_in, 1 / self.scale_out)
+            elif self.config.center != "keep":
                 x, into = x * self.scale_in, into * self.scale_in
                 y, out = y * self.scale_out, out * self.scale_out
                 self._turn_to_rows(x - into, y - out)
@@ -242,6 +247,10 @@ class Learner:
         for encoder in self.encoders:
             encoder.nonlinearity.k = k  # type: ignore[assignment]
 
+    def _of_unit_norm(self) -> bool:
+        norms = torch.cat([encoder.decoder.detach().norm(dim=1) for encoder in self.encoders])
+        return bool(((norms - 1).abs() < 1e-3).all())
+
     @torch.no_grad()
     def _to_unit_norm(self) -> None:
         for encoder in self.encoders:
@@ -303,12 +312,16 @@ class Learner:
     @torch.no_grad()
     def fold(self) -> None:
         """Make it a dictionary of rows that are not scaled."""
-        if bool((self.scale_in == 1).all()) and bool((self.scale_out == 1).all()):
+        self._fold(self.scale_in, self.scale_out)
+
+    @torch.no_grad()
+    def _fold(self, scale_in: Tensor, scale_out: Tensor) -> None:
+        if bool((scale_in == 1).all()) and bool((scale_out == 1).all()):
             return
         if isinstance(self.coder, CrossLayerTranscoder | Crosscoder):
-            self.coder.fold_scale(self.scale_in.flatten(), self.scale_out.flatten())
+            self.coder.fold_scale(scale_in.flatten(), scale_out.flatten())
         else:
-            self.coder.fold_scale(float(self.scale_in), float(self.scale_out))
+            self.coder.fold_scale(float(scale_in), float(scale_out))
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a training goes on from, by name."""
@@ -317,6 +330,7 @@ class Learner:
             found |= {f"moments/{i}/{name}": value for name, value in moments.items()}
         for name in ("silent", "sums", "scale_in", "scale_out"):
             found[name] = getattr(self, name)
+        found["unit_norm"] = torch.tensor(self.unit_norm)
         return found | {"n_summed": torch.tensor(self.n_summed)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -333,6 +347,7 @@ class Learner:
         for name in ("silent", "sums", "scale_in", "scale_out"):
             setattr(self, name, state[name].to(self.coder.device))
         self.n_summed = int(state["n_summed"])
+        self.unit_norm = bool(state["unit_norm"])
 
 
 def _to_root_width(rows: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ class DictionaryTraining:
         Share of the steps over which k comes down.
     unit_norm : bool, optional
         Keep the decoder's rows at norm 1. None: yes, but for crosscoders and cross-layer
-        transcoders, whose lengths say how much a latent belongs to a stream.
+        transcoders, whose lengths say how much a latent belongs to a stream, and for dictionaries
+        that have been trained before, whose outputs would change.
     normalize : bool
         Train on rows whose mean distance from their center is ``sqrt(d)``, measured on the first
         rows; folded into the weights at the end.

@@ -27,6 +27,7 @@ from manifold_unlearn.dictionary import (
     Transcoder,
     train_dictionaries,
 )
+from manifold_unlearn.dictionary.objectives import fraction_of_variance_unexplained
 
 
 @pytest.fixture
@@ -330,3 +331,25 @@ def test_arrays_are_rows_too(planted):
     for coder, rows in zip(coders, (planted[0], planted[0].numpy()), strict=True):
         train_dictionaries(coder, rows, config)
     assert torch.equal(coders[0].encoder, coders[1].encoder)
+
+
+@pytest.mark.parametrize("kind", ["sae", "transcoder", "crosscoder", "clt"])
+def test_training_goes_on_from_a_trained_dictionary(planted, kind):
+    """The rows are scaled anew, and the dictionary with them: nothing is lost at the first step."""
+    wide = 40 * planted[0] + 3
+    rows = wide if kind in ("sae", "transcoder") else wide.unflatten(1, (2, 16))
+    shape = {"name": "topk", "k": 3}
+    coder = {
+        "sae": lambda: SparseAutoencoder(D, 48, shape, random_state=0),
+        "transcoder": lambda: Transcoder(D, 48, D, shape, random_state=0),
+        "crosscoder": lambda: Crosscoder(2, 16, 48, shape, random_state=0),
+        "clt": lambda: CrossLayerTranscoder(2, 16, 48, nonlinearity=shape, random_state=0),
+    }[kind]()
+    wanted = rows if kind in ("sae", "crosscoder") else rows / 8
+    train_dictionaries(coder, {"": (rows, wanted)}, QUICK)
+    before = fraction_of_variance_unexplained(wanted, coder(rows)).item()
+    short = dataclasses.replace(QUICK, n_steps=1, lr=1e-12, batch_size=len(rows))
+    history = train_dictionaries(coder, {"": (rows, wanted)}, short)
+    assert history.of()[-1].fvu == pytest.approx(before, rel=1e-3)
+    after = fraction_of_variance_unexplained(wanted, coder(rows)).item()
+    assert after == pytest.approx(before, rel=1e-3)
